@@ -1,0 +1,164 @@
+"""The two networks, and loading a trained generator.
+
+    python -c "from models import UNet; print(sum(p.numel() for p in UNet().parameters()))"
+
+Ronneberger et al. 2015, U-Net (arXiv:1505.04597); Isola et al. 2018, pix2pix (arXiv:1611.07004);
+Gulrajani et al. 2017, Improved Training of Wasserstein GANs (arXiv:1704.00028).
+"""
+import pickle
+
+import torch
+from torch import nn
+
+from data import UsageError
+
+
+def double_conv(in_channels, out_channels):
+    """Two 3x3 convolutions, each with batch norm and ReLU; H and W are kept."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),  # batch norm has the bias
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class Up(nn.Module):
+    """Double the resolution, join the skip connection, convolve twice."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.conv = double_conv(2 * out_channels, out_channels)
+
+    def forward(self, x, skip):                      # (N, in, H, W), (N, out, 2H, 2W)
+        x = torch.cat([skip, self.up(x)], 1)         # (N, 2 * out, 2H, 2W)
+        return self.conv(x)                          # (N, out, 2H, 2W)
+
+
+class UNet(nn.Module):
+    """The generator: lightness in, colour out (Ronneberger et al. 2015, figure 1, padded).
+
+    width: channels of the first block; the others have 2, 4, 8 and 16 times as many.
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        w = width
+        self.width = width
+        self.down1 = double_conv(1, w)
+        self.down2 = double_conv(w, 2 * w)
+        self.down3 = double_conv(2 * w, 4 * w)
+        self.down4 = double_conv(4 * w, 8 * w)
+        self.bottleneck = double_conv(8 * w, 16 * w)
+        self.up4 = Up(16 * w, 8 * w)
+        self.up3 = Up(8 * w, 4 * w)
+        self.up2 = Up(4 * w, 2 * w)
+        self.up1 = Up(2 * w, w)
+        self.head = nn.Conv2d(w, 2, 1)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, L):
+        """L: (N, 1, H, W) in [-1, 1], H and W multiples of 16. Returns ab (N, 2, H, W) in [-1, 1].
+
+        Raises ValueError for other sides.
+        """
+        if L.shape[2] % 16 or L.shape[3] % 16:
+            raise ValueError(f"sides must be multiples of 16, not {tuple(L.shape[2:])}")
+        x1 = self.down1(L)                           # (N, w, H, W)
+        x2 = self.down2(self.pool(x1))               # (N, 2w, H/2, W/2)
+        x3 = self.down3(self.pool(x2))               # (N, 4w, H/4, W/4)
+        x4 = self.down4(self.pool(x3))               # (N, 8w, H/8, W/8)
+        x = self.bottleneck(self.pool(x4))           # (N, 16w, H/16, W/16)
+        x = self.up4(x, x4)                          # (N, 8w, H/8, W/8)
+        x = self.up3(x, x3)                          # (N, 4w, H/4, W/4)
+        x = self.up2(x, x2)                          # (N, 2w, H/2, W/2)
+        x = self.up1(x, x1)                          # (N, w, H, W)
+        return torch.tanh(self.head(x))              # (N, 2, H, W)
+
+
+class PatchCritic(nn.Module):
+    """The critic: L*a*b* in, a map of scores out, one for each patch (Isola et al. 2018, 6.1.2).
+
+    Instance norm where PatchGAN has batch norm: the gradient penalty is a property of single
+    images, and batch norm would couple them (Gulrajani et al. 2017, section 4).
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        channels = [3, width, 2 * width, 4 * width, 8 * width, 8 * width]
+        layers = []
+        for i, stride in enumerate([2, 2, 2, 1, 1]):
+            layers.append(nn.Conv2d(channels[i], channels[i + 1], 4, stride, 1, bias=i == 0))
+            if i > 0:
+                layers.append(nn.InstanceNorm2d(channels[i + 1]))
+            layers.append(nn.LeakyReLU(0.2, inplace=True))
+        layers.append(nn.Conv2d(channels[-1], 1, 4, 1, 1))
+        self.layers = nn.Sequential(*layers)
+        self.apply(init_normal)
+
+    def forward(self, lab):
+        """lab: (N, 3, H, W), scaled to [-1, 1], sides from 32. Returns (N, 1, H/8 - 3, W/8 - 3).
+
+        Raises ValueError for smaller sides.
+        """
+        if min(lab.shape[2:]) < 32:
+            raise ValueError(f"sides must be at least 32, not {tuple(lab.shape[2:])}")
+        return self.layers(lab)
+
+
+def init_normal(module):
+    """Weights from N(0, 0.02), biases 0 (Isola et al. 2018, 6.2)."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def load_checkpoint(path, flag, key):
+    """Read a checkpoint on the CPU without running code from it.
+
+    path: the file; flag: the option that named it, for the message; key: what it must hold.
+    Raises UsageError where the file is missing, cut off, no checkpoint or of another kind.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{flag} {path}: cut off, or not a checkpoint of train.py") from error
+    if not isinstance(checkpoint, dict) or key not in checkpoint:
+        raise UsageError(f"{flag} {path}: a checkpoint of another kind, it holds no '{key}'")
+    return checkpoint
+
+
+def load_generator(path, device, flag="--ckpt"):
+    """Rebuild the generator that train.py wrote to g.pt.
+
+    Returns the UNet, float32 in eval mode on device, and the checkpoint's other entries (size,
+    epoch, seed, metrics ...). Raises UsageError for a file that is no such checkpoint.
+    """
+    checkpoint = load_checkpoint(path, flag, "generator")
+    try:
+        generator = UNet(checkpoint["width"])
+        generator.load_state_dict(checkpoint.pop("generator"))
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UsageError(f"{flag} {path}: its weights do not fit this version's UNet") from error
+    generator = generator.to(device, memory_format=torch.channels_last)
+    return generator.eval().requires_grad_(False), checkpoint
+
+
+def pick_device(name):
+    """torch.device for --device; auto takes CUDA, then MPS, then the CPU.
+
+    Raises UsageError for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not on this machine; try --device auto") from error

@@ -1,0 +1,531 @@
+"""Train the colorizer: L1 pre-training, then WGAN-GP; or evaluate a checkpoint.
+
+    python train.py --epochs 110 --size 128
+    torchrun --nproc-per-node 2 train.py --epochs 110 --size 128
+    python train.py --eval g.pt
+
+Isola et al. 2018, pix2pix (arXiv:1611.07004): the patch critic, and L1 beside it. Gulrajani et al.
+2017, Improved Training of Wasserstein GANs (arXiv:1704.00028): the loss and its penalty.
+"""
+import argparse
+import copy
+import csv
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchvision.utils import save_image
+
+from data import Photos, UsageError, denormalize, lab_to_rgb, live, replacing, to_lab_batch
+from models import PatchCritic, UNet, load_checkpoint, load_generator, pick_device
+
+TERMS = ("l1", "adversarial", "wasserstein", "penalty")  # logged; pre-training has the first alone
+MAY_DIFFER = {"data", "device", "epochs", "eval", "out", "resume", "sample_every"}  # on resume
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses
+
+def score(critic, L, ab):
+    """One score an image, (N,): the mean of the critic's map.
+
+    L: (N, 1, H, W), ab: (N, 2, H, W), both in [-1, 1]. The same definition in the losses and in
+    the penalty, since the mean's gradient is smaller than the sum's by the size of the map.
+    """
+    return critic(torch.cat([L, ab], 1)).mean((1, 2, 3))
+
+
+def generator_loss(l1, fake_score, lambda_l1):
+    """lambda_l1 * L1 - E[score of the colorized]: near the photograph, and real to the critic.
+
+    l1: mean absolute error of ab / 110; fake_score: (N,).
+    """
+    return lambda_l1 * l1 - fake_score.mean()
+
+
+def critic_loss(real_score, fake_score):
+    """E[score of the colorized] - E[score of the real] (Gulrajani et al. 2017, eq. 3, first part).
+
+    Minus this is the critic's estimate of the Wasserstein distance.
+    """
+    return fake_score.mean() - real_score.mean()
+
+
+def gradient_penalty(critic, L, real_ab, fake_ab):
+    """E[(||d score / d ab|| - 1)^2] between real and colorized (Gulrajani et al. 2017, eq. 3).
+
+    L: (N, 1, H, W); real_ab, fake_ab: (N, 2, H, W). One random mix an image; the L2 norm is over
+    the image's whole gradient. L is the condition, the same in both, so the line between a real and
+    a colorized picture varies in ab alone, and the gradient is taken there.
+    In float32 also under autocast: the second-order gradient is too small for 16 bits.
+    """
+    with torch.autocast(L.device.type, enabled=False):
+        epsilon = torch.rand(len(L), 1, 1, 1, device=L.device)
+        mixed = torch.lerp(fake_ab.float(), real_ab, epsilon).requires_grad_()
+        total = score(critic, L, mixed).sum()
+        (gradient,) = torch.autograd.grad(total, mixed, create_graph=True)
+        # vector_norm's gradient at 0 is 0, where that of sqrt(sum(g ** 2)) is NaN.
+        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        return ((norm - 1) ** 2).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# Steps
+
+def average_gradients(network):
+    """Average the gradients over the processes of torchrun; a single process keeps its own.
+
+    By hand rather than DistributedDataParallel, which does not support the penalty's double
+    backward.
+    """
+    if dist.is_initialized():
+        gradients = [p.grad for p in network.parameters()]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def step(network, optimizer, loss, scaler):
+    """Update one network by one loss. The scaler, enabled for float16 alone, skips overflows."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    average_gradients(network)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@torch.no_grad()
+def update_ema(ema, generator, updates, decay):
+    """Move ema, batch-norm statistics included, towards generator.
+
+    The decay warms up (as in TensorFlow's ExponentialMovingAverage), so that a short run does not
+    evaluate its initial weights.
+    """
+    decay = min(decay, (1 + updates) / (10 + updates))
+    pairs = zip(ema.state_dict().values(), generator.state_dict().values())
+    averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+    torch._foreach_lerp_(averages, values, 1 - decay)
+
+
+def pretrain_step(run, L, ab):
+    """One L1 step of the generator. Returns its terms."""
+    with run.autocast():
+        l1 = (run.generator(L) - ab).abs().mean()
+    step(run.generator, run.optimizer_g, l1, run.scaler)
+    return [l1]
+
+
+def adversarial_step(run, L, ab):
+    """Critic steps, then generator steps, on one batch. Returns the terms of the last of each."""
+    args = run.args
+    with run.autocast():
+        fake_ab = run.generator(L)
+    for _ in range(args.critic_steps):
+        with run.autocast():
+            # Detached: the critic's step must not reach the generator.
+            loss = critic_loss(score(run.critic, L, ab), score(run.critic, L, fake_ab.detach()))
+        penalty = gradient_penalty(run.critic, L, ab, fake_ab.detach())
+        # One backward for both: the penalty alone leaves the last bias without a gradient.
+        step(run.critic, run.optimizer_c, loss + args.lambda_gp * penalty, run.scaler)
+
+    run.critic.requires_grad_(False)  # saves the critic's own gradients
+    for i in range(args.generator_steps):
+        with run.autocast():
+            if i > 0:  # the first step's is the critic's: the generator has not changed since
+                fake_ab = run.generator(L)
+            l1, fake_score = (fake_ab - ab).abs().mean(), score(run.critic, L, fake_ab)
+            objective = generator_loss(l1, fake_score, args.lambda_l1)
+        step(run.generator, run.optimizer_g, objective, run.scaler)
+    run.critic.requires_grad_(True)
+    return [l1, -fake_score.mean(), -loss, penalty]
+
+
+def learning_rate(args, epoch):
+    """Learning rate at a time counted in epochs, fractions included.
+
+    Pre-training: a warm-up over its first tenth, then a half cosine to 0 (Loshchilov and Hutter
+    2017). Adversarial phase: constant, so that a longer run is the same run, gone on.
+    """
+    if epoch >= args.pretrain_epochs:
+        return args.lr
+    done = epoch / args.pretrain_epochs
+    return args.pretrain_lr * min(done / 0.1, 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
+
+
+def train_epoch(run, photos, epoch):
+    """Train through the training part once. Returns the terms, (steps, 1 or 4), and images/s.
+
+    All that is random follows from (seed, epoch), so a resumed run needs no generator's state.
+    """
+    args, rank, processes = run.args, run.rank, run.processes
+    train_step = pretrain_step if epoch < args.pretrain_epochs else adversarial_step
+    draw = [np.random.SeedSequence([args.seed, epoch, part]).generate_state(1)[0] for part in (0, 1 + rank)]
+    shuffle = torch.randperm(len(photos.train), generator=torch.Generator().manual_seed(int(draw[0])))
+    rows = photos.train[shuffle].to(photos.images.device)
+    torch.manual_seed(int(draw[1]))  # flips and mixes: other ones on each process
+
+    run.generator.train()
+    steps, terms = len(rows) // args.batch_size, []
+    start = time.perf_counter()
+    for i in range(steps):
+        for optimizer in (run.optimizer_g, run.optimizer_c):
+            optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + i / steps)
+        batch = rows[i * args.batch_size : (i + 1) * args.batch_size][rank::processes]
+        L, ab = to_lab_batch(photos.images[batch].to(run.device, non_blocking=True), flip=True)
+        terms.append(torch.stack(train_step(run, L, ab)).detach())
+        update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
+        rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
+        if rank == 0:
+            live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s")
+    terms = torch.stack(terms)
+    if dist.is_initialized():
+        dist.all_reduce(terms)
+        terms /= processes
+    terms = terms.cpu()  # waits for the device, once an epoch
+    return terms, steps * args.batch_size / (time.perf_counter() - start)
+
+
+def check_finite(run, terms, epoch):
+    """Raise FloatingPointError, naming the step and the term, where training has diverged."""
+    remedy = "nothing of this epoch was saved; try a lower --lr or --pretrain-lr"
+    for i, values in enumerate(terms.tolist(), 1):
+        for name, value in zip(TERMS, values):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"epoch {epoch + 1}, step {i}: {name} is {value}; {remedy}")
+    for network in (run.generator, run.critic):
+        for name, value in network.named_parameters():
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"epoch {epoch + 1}, last step: {type(network).__name__}'s {name} is not "
+                    f"finite; {remedy}"
+                )
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+def to_uint8(L, ab):
+    """L and ab as networks see them, to (N, H, W, 3) uint8 RGB on the CPU."""
+    rgb = lab_to_rgb(denormalize(L, ab.float()))
+    return (rgb * 255).round().byte().permute(0, 2, 3, 1).cpu()
+
+
+def colourfulness(image):
+    """Colourfulness of an (H, W, 3) uint8 picture: Hasler and Suesstrunk 2003, section 5.
+
+    0 is grey; the flowers have about 69.
+    """
+    r, g, b = np.moveaxis(image.astype(np.float64), 2, 0)
+    rg, yb = r - g, (r + g) / 2 - b
+    return np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
+
+
+@torch.no_grad()
+def evaluate(predict, photos, rows, device, ssim=False):
+    """Means over the images of PSNR (dB, 8-bit RGB), colourfulness and, if asked for, SSIM.
+
+    predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged.
+    A picture identical to the real one counts as 100 dB, the most that 8 bits can tell apart.
+    """
+    metrics = []
+    for L, ab in photos.batches(rows, 64, device):
+        for fake, real in zip(to_uint8(L, predict(L, ab)).numpy(), to_uint8(L, ab).numpy()):
+            with np.errstate(divide="ignore"):
+                psnr = min(100.0, peak_signal_noise_ratio(real, fake))
+            values = {"psnr": psnr, "colourfulness": colourfulness(fake)}
+            if ssim:
+                values["ssim"] = structural_similarity(real, fake, channel_axis=2)
+            metrics.append(values)
+    return {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+
+
+def print_table(path, data, device):
+    """Evaluate the generator in path on the test part of the split that it was trained with."""
+    generator, info = load_generator(path, device, flag="--eval")
+    photos = Photos(data, info["size"], info["seed"])
+    if photos.test_digest != info["test_digest"]:
+        print("warning: these are not the images that the checkpoint was trained on: its training "
+              "images may be among the ones tested here")
+    total = sum(ab.mean((2, 3)).sum(0) for _, ab in photos.batches(photos.train, 64, device))
+    mean_ab = (total / len(photos.train))[None, :, None, None]
+    rows = {
+        "no colour": lambda L, ab: torch.zeros_like(ab),
+        "mean colour of the training part": lambda L, ab: mean_ab.expand_as(ab),
+        f"generator, epoch {info['epoch']}": lambda L, ab: generator(L),
+        "real": lambda L, ab: ab,
+    }
+    size = info["size"]
+    print(f"{f'{len(photos.test)} test images, {size} x {size}':34} PSNR dB   SSIM  colourfulness")
+    for name, predict in rows.items():
+        m = evaluate(predict, photos, photos.test, device, ssim=True)
+        print(f"{name:34} {m['psnr']:7.2f}  {m['ssim']:.3f}  {m['colourfulness']:13.1f}")
+    if data == "demo":
+        print("demo: the parts overlap, so these figures show that it learns, not how well")
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+class Run:
+    """All that training changes, and where it runs: networks, optimizers, EMA, scaler, log."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        torch.manual_seed(args.seed)
+        layout = dict(device=device, memory_format=torch.channels_last)
+        self.generator = UNet(args.width).to(**layout)
+        self.critic = PatchCritic(args.width).to(**layout)
+        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        adam = dict(lr=args.lr, betas=(0.5, 0.9), fused=device.type == "cuda")
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **adam)
+        self.optimizer_c = torch.optim.Adam(self.critic.parameters(), **adam)
+        self.dtype = amp_dtype(args.amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.epoch, self.log = 0, []
+        if args.compile:
+            self.generator.compile()  # in place: the state's keys stay as they are
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def options(self):
+        """The options that the result depends on, as plain types."""
+        options = {k: v for k, v in vars(self.args).items() if k not in MAY_DIFFER}
+        return options | {"processes": self.processes}
+
+    def save(self, photos):
+        """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epoch."""
+        out, args = self.args.out, self.args
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in self.ema.state_dict().items()}
+        save(out / "g.pt", {
+            "generator": weights, "width": args.width, "size": args.size, "seed": args.seed,
+            "epoch": self.epoch, "test_digest": photos.test_digest, "metrics": self.log[-1],
+            "options": self.options(),
+        })
+        with replacing(out / "log.csv") as part, open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.log[-1])
+            writer.writeheader()
+            writer.writerows(self.log)
+        state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        save(out / "last.pt", state | {
+            "options": self.options(), "contents": photos.contents, "epoch": self.epoch, "log": self.log,
+        })
+
+    STATEFUL = ("generator", "critic", "ema", "optimizer_g", "optimizer_c", "scaler")
+
+    def load(self, checkpoint, photos):
+        """Go on from last.pt. Raises UsageError where an option or the data differ."""
+        for name, value in self.options().items():
+            saved = checkpoint["options"].get(name)
+            if value != saved:
+                flag = "--nproc-per-node" if name == "processes" else f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} {value}: the run in {self.args.out} has {saved}; "
+                                 "resume with that, or start another --out")
+        if checkpoint["contents"] != photos.contents:
+            raise UsageError(f"--data {self.args.data}: not the images that the run in "
+                             f"{self.args.out} was trained on")
+        for name in self.STATEFUL:
+            getattr(self, name).load_state_dict(checkpoint[name])
+        self.epoch, self.log = checkpoint["epoch"], checkpoint["log"]
+
+
+def save(path, checkpoint):
+    """torch.save, whole or not at all. Raises OSError where that fails."""
+    try:
+        with replacing(path) as part:
+            torch.save(checkpoint, part)
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def save_picture(run, photos):
+    """Draw OUT/epoch-NNNN.png: grey, colorized and real rows of the first eight of the val part."""
+    L, ab = next(photos.batches(photos.val[:8], 8, run.device))
+    with torch.no_grad():
+        rows = [to_uint8(L, x) for x in (torch.zeros_like(ab), run.ema(L), ab)]
+    with replacing(run.args.out / f"epoch-{run.epoch:04}.png") as part:
+        save_image(torch.cat(rows).permute(0, 3, 1, 2) / 255, part, nrow=len(L), format="png")
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+def amp_dtype(amp, device):
+    """The 16-bit type of --amp, or None for float32."""
+    if amp == "auto" and device.type == "cuda":  # a T4 emulates bfloat16, slowly
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+
+
+def between(kind, low, high):
+    """An argparse type: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
+    return parse
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=argparse.SUPPRESS,  # so that an error is one line
+        formatter_class=type("Formatter", (argparse.ArgumentDefaultsHelpFormatter,
+                                           argparse.RawDescriptionHelpFormatter), {}),
+    )
+    add = parser.add_argument
+    add("--data", default="data", metavar="DIR",
+        help="folder of images; where it does not exist Flowers102 is downloaded into it; "
+             "demo: crops of photographs that scikit-image ships")
+    add("--size", type=between(int, 32, 1024), default=128,
+        help="side of the training images in pixels, a multiple of 16")
+    add("--width", type=between(int, 1, 512), default=64,
+        help="channels of the first block of both networks (U-Net and PatchGAN: 64)")
+    add("--batch-size", type=between(int, 1, 65536), default=32,
+        help="images a step, over all processes")
+    add("--pretrain-epochs", type=between(int, 0, 100000), default=20, help="epochs of L1 alone")
+    add("--epochs", type=between(int, 0, 100000), default=110, help="epochs of WGAN-GP after that")
+    add("--critic-steps", type=between(int, 1, 100), default=1,
+        help="critic steps a batch (WGAN-GP: 5)")
+    add("--generator-steps", type=between(int, 1, 100), default=2,
+        help="generator steps a batch (WGAN-GP: 1)")
+    add("--lambda-l1", type=between(float, 0, 1e6), default=100.0,
+        help="weight of the L1 loss, of ab / 110 (pix2pix: 100)")
+    add("--lambda-gp", type=between(float, 0, 1e6), default=10.0,
+        help="weight of the gradient penalty (WGAN-GP: 10)")
+    add("--pretrain-lr", type=between(float, 0, 1), default=1e-3,
+        help="highest learning rate of pre-training")
+    add("--lr", type=between(float, 0, 1), default=1e-4,
+        help="learning rate of the adversarial phase (WGAN-GP: 1e-4)")
+    add("--ema", type=between(float, 0, 1), default=0.999,
+        help="decay, a batch, of the weights' moving average; 0 for none")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
+    add("--compile", action="store_true", help="compile the generator with torch.compile")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    add("--seed", type=between(int, 0, 2**32 - 1), default=0, help="of the split and of training")
+    add("--sample-every", type=between(int, 1, 100000), default=1, metavar="EPOCHS",
+        help="epochs between pictures in OUT")
+    add("--out", type=Path, default=Path("runs"), metavar="OUT",
+        help="folder for g.pt, last.pt, log.csv and pictures")
+    add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
+    add("--eval", type=Path, metavar="CKPT",
+        help="evaluate this generator on the test part of --data, and train nothing")
+    args = parser.parse_args(argv)
+    if args.size % 16:
+        parser.error(f"argument --size: must be a multiple of 16, not {args.size}")
+    if args.pretrain_epochs + args.epochs == 0:
+        parser.error("argument --epochs: 0, and --pretrain-epochs 0: nothing to train")
+    return args
+
+
+def train(args):
+    """Train by the options and evaluate the result."""
+    # Setup: one device a process, and the processes in one group.
+    processes, local = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
+    if processes > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{local}"
+    device = pick_device(args.device)
+    torch.backends.cudnn.benchmark = True
+    main_process = os.environ.get("RANK", "0") == "0"
+    last = args.out / "last.pt"
+    if last.exists() and not args.resume:
+        raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another --out")
+    if args.resume and not last.exists() and main_process:
+        print(f"--resume: no {last}, starting afresh")
+    checkpoint = load_checkpoint(last, "--resume", "critic") if last.exists() else None
+    if args.batch_size % processes:
+        raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of the {processes} processes")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    # Data: the first process decodes, then all read the cache.
+    if processes > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        if not main_process:
+            dist.barrier()
+    photos = Photos(args.data, args.size, args.seed)
+    if processes > 1 and main_process:
+        dist.barrier()
+    if args.batch_size > len(photos.train):
+        raise UsageError(f"--batch-size {args.batch_size}: more than the {len(photos.train)} training images")
+    if device.type == "cuda" and photos.images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
+        photos.images = photos.images.to(device)
+
+    # Networks
+    run = Run(args, device)
+    if checkpoint:
+        run.load(checkpoint, photos)
+    if main_process:
+        print(", ".join(f"{k} {v}" for k, v in vars(args).items()))
+        print(f"{len(photos.train)} training, {len(photos.val)} validation, {len(photos.test)} test "
+              f"images on {device}")
+
+    # Loop
+    total = args.pretrain_epochs + args.epochs
+    for epoch in range(run.epoch, total):
+        start = time.perf_counter()
+        terms, rate = train_epoch(run, photos, epoch)
+        check_finite(run, terms, epoch)
+        run.epoch = epoch + 1
+        if main_process:
+            val = evaluate(lambda L, ab: run.ema(L), photos, photos.val, device)
+            row = {"epoch": run.epoch, "phase": "pretrain" if epoch < args.pretrain_epochs else "wgan-gp"}
+            row |= dict.fromkeys(TERMS) | dict(zip(TERMS, terms.mean(0).tolist()))
+            row |= {f"val_{k}": v for k, v in val.items()}
+            row |= {"images_per_s": rate, "seconds": time.perf_counter() - start}
+            run.log.append(row)
+            report(row, args)
+            if run.epoch % args.sample_every == 0 or run.epoch == total:
+                save_picture(run, photos)
+            run.save(photos)
+    if processes > 1:
+        dist.destroy_process_group()
+    if main_process:
+        print_table(args.out / "g.pt", args.data, device)
+
+
+def report(row, args):
+    """Print one epoch's row of log.csv as a line."""
+    live("")
+    phase_ends = args.pretrain_epochs + (0 if row["phase"] == "pretrain" else args.epochs)
+    minutes = (phase_ends - row["epoch"]) * row["seconds"] / 60
+    terms = "  ".join(f"{name} {row[name]:.4f}" for name in TERMS if row[name] is not None)
+    print(f"epoch {row['epoch']}/{args.pretrain_epochs + args.epochs} {row['phase']}  {terms}  "
+          f"val {row['val_psnr']:.2f} dB, colourfulness {row['val_colourfulness']:.1f}  "
+          f"{row['images_per_s']:.0f} images/s, {minutes:.0f} min left in this phase", flush=True)
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit status: 0, 1 (failed), 2 (usage) or 130 (Ctrl-C)."""
+    args = parse_args(argv)
+    try:
+        if args.eval:
+            print_table(args.eval, args.data, pick_device(args.device))
+        else:
+            train(args)
+    except UsageError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, FloatingPointError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; --resume goes on from the last whole epoch in {args.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
