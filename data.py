@@ -242,7 +242,7 @@ class Photos:
 
     images: (N, size, size, 3) uint8 tensor, memory-mapped and so never read whole.
     train, val, test: int64 tensors of rows. Identical images fall into the same part.
-    test_digest: of the names of the test part; contents: of the pixels of all parts.
+    test_digest: of the file names of the test part; contents: of the pixels of all parts.
     Raises UsageError for a folder with fewer than ten readable images.
     """
 
@@ -267,7 +267,7 @@ class Photos:
         parts = [[row for row in order if start <= first[keys[row]] < end]
                  for start, end in zip([0] + ends, ends)]
         self.train, self.val, self.test = map(torch.tensor, parts)
-        self.test_digest = _digest(sorted(names[row] for row in parts[2]))
+        self.test_digest = _digest(sorted(os.path.basename(names[row]) for row in parts[2]))
         self.contents = _digest([keys[row] for row in good])
 
     def batches(self, rows, batch_size, device):

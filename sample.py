@@ -181,9 +181,8 @@ def grid_cell(picture, result, side=256):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, usage=argparse.SUPPRESS,  # so that an error is one line
-        formatter_class=type("Formatter", (argparse.ArgumentDefaultsHelpFormatter,
-                                           argparse.RawDescriptionHelpFormatter), {}),
+        description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("input", type=Path, help="a picture, or a folder, sub-folders included")
     parser.add_argument("out", type=Path, help="folder for the colorized pictures and grid.png")

@@ -197,17 +197,13 @@ def train_epoch(run, photos, epoch):
 def check_finite(run, terms, epoch):
     """Raise FloatingPointError, naming the step and the term, where training has diverged."""
     remedy = "nothing of this epoch was saved; try a lower --lr or --pretrain-lr"
-    for i, values in enumerate(terms.tolist(), 1):
-        for name, value in zip(TERMS, values):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"epoch {epoch + 1}, step {i}: {name} is {value}; {remedy}")
-    for network in (run.generator, run.critic):
-        for name, value in network.named_parameters():
-            if not value.isfinite().all():
-                raise FloatingPointError(
-                    f"epoch {epoch + 1}, last step: {type(network).__name__}'s {name} is not "
-                    f"finite; {remedy}"
-                )
+    for i, name in (~terms.isfinite()).nonzero()[:1].tolist():
+        raise FloatingPointError(f"epoch {epoch + 1}, step {i + 1} of {len(terms)}: "
+                                 f"{TERMS[name]} is {terms[i, name]}; {remedy}")
+    for network in (run.generator, run.critic):  # the last step's update has had no loss yet
+        if not all(p.isfinite().all() for p in network.parameters()):
+            raise FloatingPointError(f"epoch {epoch + 1}, step {len(terms)} of {len(terms)}: "
+                                     f"weights of {type(network).__name__}; {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,14 +215,14 @@ def to_uint8(L, ab):
     return (rgb * 255).round().byte().permute(0, 2, 3, 1).cpu()
 
 
-def colourfulness(image):
-    """Colourfulness of an (H, W, 3) uint8 picture: Hasler and Suesstrunk 2003, section 5.
+def colourfulness(images):
+    """Colourfulness of pictures (N, H, W, 3) uint8: Hasler and Suesstrunk 2003, section 5.
 
-    0 is grey; the flowers have about 69.
+    Returns (N,): 0 is grey, 109 extremely colourful.
     """
-    r, g, b = np.moveaxis(image.astype(np.float64), 2, 0)
+    r, g, b = images.float().flatten(1, 2).unbind(2)
     rg, yb = r - g, (r + g) / 2 - b
-    return np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
+    return torch.hypot(rg.std(1), yb.std(1)) + 0.3 * torch.hypot(rg.mean(1), yb.mean(1))
 
 
 @torch.no_grad()
@@ -234,18 +230,18 @@ def evaluate(predict, photos, rows, device, ssim=False):
     """Means over the images of PSNR (dB, 8-bit RGB), colourfulness and, if asked for, SSIM.
 
     predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged.
-    A picture identical to the real one counts as 100 dB, the most that 8 bits can tell apart.
+    A picture identical to the real one counts as 100 dB, just above what one level off makes.
     """
     metrics = []
     for L, ab in photos.batches(rows, 64, device):
-        for fake, real in zip(to_uint8(L, predict(L, ab)).numpy(), to_uint8(L, ab).numpy()):
+        fakes, reals = to_uint8(L, predict(L, ab)), to_uint8(L, ab)
+        for fake, real, colour in zip(fakes.numpy(), reals.numpy(), colourfulness(fakes).tolist()):
             with np.errstate(divide="ignore"):
                 psnr = min(100.0, peak_signal_noise_ratio(real, fake))
-            values = {"psnr": psnr, "colourfulness": colourfulness(fake)}
+            metrics.append((psnr, colour))
             if ssim:
-                values["ssim"] = structural_similarity(real, fake, channel_axis=2)
-            metrics.append(values)
-    return {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+                metrics[-1] += (structural_similarity(real, fake, channel_axis=2),)
+    return dict(zip(("psnr", "colourfulness", "ssim"), np.mean(metrics, 0).tolist()))
 
 
 def print_table(path, data, device):
@@ -257,17 +253,17 @@ def print_table(path, data, device):
               "images may be among the ones tested here")
     total = sum(ab.mean((2, 3)).sum(0) for _, ab in photos.batches(photos.train, 64, device))
     mean_ab = (total / len(photos.train))[None, :, None, None]
-    rows = {
+    predictors = {
         "no colour": lambda L, ab: torch.zeros_like(ab),
         "mean colour of the training part": lambda L, ab: mean_ab.expand_as(ab),
         f"generator, epoch {info['epoch']}": lambda L, ab: generator(L),
         "real": lambda L, ab: ab,
     }
-    size = info["size"]
-    print(f"{f'{len(photos.test)} test images, {size} x {size}':34} PSNR dB   SSIM  colourfulness")
-    for name, predict in rows.items():
-        m = evaluate(predict, photos, photos.test, device, ssim=True)
-        print(f"{name:34} {m['psnr']:7.2f}  {m['ssim']:.3f}  {m['colourfulness']:13.1f}")
+    title = f"{len(photos.test)} test images at {info['size']} x {info['size']}"
+    print(f"{title:34} PSNR dB   SSIM  colourfulness")
+    for name, predict in predictors.items():
+        means = evaluate(predict, photos, photos.test, device, ssim=True)
+        print(f"{name:34} {means['psnr']:7.2f}  {means['ssim']:.3f}  {means['colourfulness']:13.1f}")
     if data == "demo":
         print("demo: the parts overlap, so these figures show that it learns, not how well")
 
@@ -277,6 +273,8 @@ def print_table(path, data, device):
 
 class Run:
     """All that training changes, and where it runs: networks, optimizers, EMA, scaler, log."""
+
+    STATEFUL = ("generator", "critic", "ema", "optimizer_g", "optimizer_c", "scaler")
 
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -320,8 +318,6 @@ class Run:
         save(out / "last.pt", state | {
             "options": self.options(), "contents": photos.contents, "epoch": self.epoch, "log": self.log,
         })
-
-    STATEFUL = ("generator", "critic", "ema", "optimizer_g", "optimizer_c", "scaler")
 
     def load(self, checkpoint, photos):
         """Go on from last.pt. Raises UsageError where an option or the data differ."""
@@ -367,12 +363,13 @@ def amp_dtype(amp, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
-def between(kind, low, high):
-    """An argparse type: an int or float from low to high."""
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        if not (low <= value <= high and math.isfinite(value)):
+            limit = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
         return value
     parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
     return parse
@@ -380,42 +377,41 @@ def between(kind, low, high):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, usage=argparse.SUPPRESS,  # so that an error is one line
-        formatter_class=type("Formatter", (argparse.ArgumentDefaultsHelpFormatter,
-                                           argparse.RawDescriptionHelpFormatter), {}),
+        description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--data", default="data", metavar="DIR",
         help="folder of images; where it does not exist Flowers102 is downloaded into it; "
              "demo: crops of photographs that scikit-image ships")
-    add("--size", type=between(int, 32, 1024), default=128,
+    add("--size", type=number(int, 32, 1024), default=128,
         help="side of the training images in pixels, a multiple of 16")
-    add("--width", type=between(int, 1, 512), default=64,
+    add("--width", type=number(int, 1, 512), default=64,
         help="channels of the first block of both networks (U-Net and PatchGAN: 64)")
-    add("--batch-size", type=between(int, 1, 65536), default=32,
+    add("--batch-size", type=number(int, 1), default=32,
         help="images a step, over all processes")
-    add("--pretrain-epochs", type=between(int, 0, 100000), default=20, help="epochs of L1 alone")
-    add("--epochs", type=between(int, 0, 100000), default=110, help="epochs of WGAN-GP after that")
-    add("--critic-steps", type=between(int, 1, 100), default=1,
+    add("--pretrain-epochs", type=number(int, 0), default=20, help="epochs of L1 alone")
+    add("--epochs", type=number(int, 0), default=110, help="epochs of WGAN-GP after that")
+    add("--critic-steps", type=number(int, 1), default=1,
         help="critic steps a batch (WGAN-GP: 5)")
-    add("--generator-steps", type=between(int, 1, 100), default=2,
+    add("--generator-steps", type=number(int, 1), default=2,
         help="generator steps a batch (WGAN-GP: 1)")
-    add("--lambda-l1", type=between(float, 0, 1e6), default=100.0,
+    add("--lambda-l1", type=number(float, 0), default=100.0,
         help="weight of the L1 loss, of ab / 110 (pix2pix: 100)")
-    add("--lambda-gp", type=between(float, 0, 1e6), default=10.0,
+    add("--lambda-gp", type=number(float, 0), default=10.0,
         help="weight of the gradient penalty (WGAN-GP: 10)")
-    add("--pretrain-lr", type=between(float, 0, 1), default=1e-3,
+    add("--pretrain-lr", type=number(float, 0), default=1e-3,
         help="highest learning rate of pre-training")
-    add("--lr", type=between(float, 0, 1), default=1e-4,
+    add("--lr", type=number(float, 0), default=1e-4,
         help="learning rate of the adversarial phase (WGAN-GP: 1e-4)")
-    add("--ema", type=between(float, 0, 1), default=0.999,
+    add("--ema", type=number(float, 0, 1), default=0.999,
         help="decay, a batch, of the weights' moving average; 0 for none")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
     add("--compile", action="store_true", help="compile the generator with torch.compile")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    add("--seed", type=between(int, 0, 2**32 - 1), default=0, help="of the split and of training")
-    add("--sample-every", type=between(int, 1, 100000), default=1, metavar="EPOCHS",
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the split and of training")
+    add("--sample-every", type=number(int, 1), default=1, metavar="EPOCHS",
         help="epochs between pictures in OUT")
     add("--out", type=Path, default=Path("runs"), metavar="OUT",
         help="folder for g.pt, last.pt, log.csv and pictures")
@@ -520,6 +516,10 @@ def main(argv=None):
         return 2
     except (OSError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print(f"train.py: error: --batch-size {args.batch_size}: out of memory; lower it, --width "
+              "or --size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped; --resume goes on from the last whole epoch in {args.out}", file=sys.stderr)
