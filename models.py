@@ -128,9 +128,11 @@ def load_checkpoint(path, flag, key):
     except OSError as error:
         raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{flag} {path}: cut off, or not a checkpoint of train.py") from error
+        raise UsageError(f"{flag} {path}: cut off, or no checkpoint; use a whole one, or train "
+                         "anew") from error
     if not isinstance(checkpoint, dict) or key not in checkpoint:
-        raise UsageError(f"{flag} {path}: a checkpoint of another kind, it holds no '{key}'")
+        raise UsageError(f"{flag} {path}: a checkpoint of another kind, without '{key}'; --ckpt and "
+                         "--eval take train.py's g.pt, --resume its last.pt")
     return checkpoint
 
 
@@ -140,7 +142,7 @@ def load_generator(path, device, flag="--ckpt"):
     Returns the UNet, float32 in eval mode on device, and the checkpoint's other entries (size,
     epoch, seed, metrics ...). Raises UsageError for a file that is no such checkpoint.
     """
-    checkpoint = load_checkpoint(path, flag, "generator")
+    checkpoint = load_checkpoint(path, flag, "test_digest")
     try:
         generator = UNet(checkpoint["width"])
         generator.load_state_dict(checkpoint.pop("generator"))

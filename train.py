@@ -39,7 +39,7 @@ def score(critic, L, ab):
     L: (N, 1, H, W), ab: (N, 2, H, W), both in [-1, 1]. The same definition in the losses and in
     the penalty, since the mean's gradient is smaller than the sum's by the size of the map.
     """
-    return critic(torch.cat([L, ab], 1)).mean((1, 2, 3))
+    return critic(torch.cat([L, ab], 1)).float().mean((1, 2, 3))
 
 
 def generator_loss(l1, fake_score, lambda_l1):
@@ -166,32 +166,32 @@ def train_epoch(run, photos, epoch):
 
     All that is random follows from (seed, epoch), so a resumed run needs no generator's state.
     """
-    args, rank, processes = run.args, run.rank, run.processes
+    args, size = run.args, run.args.batch_size
     train_step = pretrain_step if epoch < args.pretrain_epochs else adversarial_step
-    draw = [np.random.SeedSequence([args.seed, epoch, part]).generate_state(1)[0] for part in (0, 1 + rank)]
-    shuffle = torch.randperm(len(photos.train), generator=torch.Generator().manual_seed(int(draw[0])))
+    order, noise = (int(np.random.SeedSequence([args.seed, epoch, part]).generate_state(1)[0])
+                    for part in (0, 1 + run.rank))
+    shuffle = torch.randperm(len(photos.train), generator=torch.Generator().manual_seed(order))
     rows = photos.train[shuffle].to(photos.images.device)
-    torch.manual_seed(int(draw[1]))  # flips and mixes: other ones on each process
+    torch.manual_seed(noise)  # of flips and mixes: another one on each process
 
     run.generator.train()
-    steps, terms = len(rows) // args.batch_size, []
-    start = time.perf_counter()
+    steps, terms, start = len(rows) // size, [], time.perf_counter()
     for i in range(steps):
         for optimizer in (run.optimizer_g, run.optimizer_c):
             optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + i / steps)
-        batch = rows[i * args.batch_size : (i + 1) * args.batch_size][rank::processes]
+        batch = rows[i * size : (i + 1) * size][run.rank :: run.processes]
         L, ab = to_lab_batch(photos.images[batch].to(run.device, non_blocking=True), flip=True)
-        terms.append(torch.stack(train_step(run, L, ab)).detach())
+        terms.append(torch.stack(train_step(run, L, ab)).detach())  # no step waits for the device
         update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
-        rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
-        if rank == 0:
+        if run.rank == 0:
+            rate = (i + 1) * size / (time.perf_counter() - start)
             live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s")
     terms = torch.stack(terms)
     if dist.is_initialized():
         dist.all_reduce(terms)
-        terms /= processes
+        terms /= run.processes
     terms = terms.cpu()  # waits for the device, once an epoch
-    return terms, steps * args.batch_size / (time.perf_counter() - start)
+    return terms, steps * size / (time.perf_counter() - start)
 
 
 def check_finite(run, terms, epoch):
@@ -276,9 +276,8 @@ class Run:
 
     STATEFUL = ("generator", "critic", "ema", "optimizer_g", "optimizer_c", "scaler")
 
-    def __init__(self, args, device):
-        self.args, self.device = args, device
-        self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, args, device, rank=0, processes=1):
+        self.args, self.device, self.rank, self.processes = args, device, rank, processes
         torch.manual_seed(args.seed)
         layout = dict(device=device, memory_format=torch.channels_last)
         self.generator = UNet(args.width).to(**layout)
@@ -304,7 +303,8 @@ class Run:
     def save(self, photos):
         """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epoch."""
         out, args = self.args.out, self.args
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in self.ema.state_dict().items()}
+        weights = {name: value.half() if value.is_floating_point() else value
+                   for name, value in self.ema.state_dict().items()}
         save(out / "g.pt", {
             "generator": weights, "width": args.width, "size": args.size, "seed": args.seed,
             "epoch": self.epoch, "test_digest": photos.test_digest, "metrics": self.log[-1],
@@ -316,7 +316,8 @@ class Run:
             writer.writerows(self.log)
         state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
         save(out / "last.pt", state | {
-            "options": self.options(), "contents": photos.contents, "epoch": self.epoch, "log": self.log,
+            "options": self.options(), "contents": photos.contents, "epoch": self.epoch,
+            "log": self.log,
         })
 
     def load(self, checkpoint, photos):
@@ -411,7 +412,7 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="compile the generator with torch.compile")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the split and of training")
-    add("--sample-every", type=number(int, 1), default=1, metavar="EPOCHS",
+    add("--sample-every", type=number(int, 1), default=5, metavar="EPOCHS",
         help="epochs between pictures in OUT")
     add("--out", type=Path, default=Path("runs"), metavar="OUT",
         help="folder for g.pt, last.pt, log.csv and pictures")
@@ -426,81 +427,80 @@ def parse_args(argv=None):
     return args
 
 
+def finish_epoch(run, photos, terms, rate, start):
+    """Evaluate, print a line, and write the epoch's files. On one process alone."""
+    args, seconds = run.args, lambda: time.perf_counter() - start
+    pretraining = run.epoch <= args.pretrain_epochs
+    row = {"epoch": run.epoch, "phase": "pretrain" if pretraining else "wgan-gp"}
+    means = dict(zip(TERMS, terms.mean(0).tolist()))
+    val = evaluate(lambda L, ab: run.ema(L), photos, photos.val, run.device)
+    row |= dict.fromkeys(TERMS) | means | {f"val_{name}": value for name, value in val.items()}
+    run.log.append(row | {"images_per_s": rate, "seconds": seconds()})
+
+    total = args.pretrain_epochs + args.epochs
+    left = ((args.pretrain_epochs if pretraining else total) - run.epoch) * seconds() / 60
+    live("")
+    print(f"epoch {run.epoch}/{total} {row['phase']} ", *(f"{k} {v:.4f} " for k, v in means.items()),
+          f"val {val['psnr']:.2f} dB, colourfulness {val['colourfulness']:.1f}  {rate:.0f} images/s, "
+          f"{left:.0f} min left in this phase", flush=True)
+    if run.epoch % args.sample_every == 0 or run.epoch == total:
+        save_picture(run, photos)
+    run.save(photos)
+
+
 def train(args):
     """Train by the options and evaluate the result."""
     # Setup: one device a process, and the processes in one group.
-    processes, local = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{local}"
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = True
-    main_process = os.environ.get("RANK", "0") == "0"
     last = args.out / "last.pt"
     if last.exists() and not args.resume:
-        raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another --out")
-    if args.resume and not last.exists() and main_process:
+        raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another")
+    if args.resume and not last.exists() and rank == 0:
         print(f"--resume: no {last}, starting afresh")
-    checkpoint = load_checkpoint(last, "--resume", "critic") if last.exists() else None
+    checkpoint = load_checkpoint(last, "--resume", "contents") if last.exists() else None
     if args.batch_size % processes:
-        raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of the {processes} processes")
-    args.out.mkdir(parents=True, exist_ok=True)
+        raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {processes} processes")
+    if processes > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
 
     # Data: the first process decodes, then all read the cache.
-    if processes > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
-        if not main_process:
-            dist.barrier()
+    if processes > 1 and rank > 0:
+        dist.barrier()
     photos = Photos(args.data, args.size, args.seed)
-    if processes > 1 and main_process:
+    if processes > 1 and rank == 0:
         dist.barrier()
     if args.batch_size > len(photos.train):
-        raise UsageError(f"--batch-size {args.batch_size}: more than the {len(photos.train)} training images")
+        raise UsageError(f"--batch-size {args.batch_size}: more than the {len(photos.train)} "
+                         "training images")
     if device.type == "cuda" and photos.images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
         photos.images = photos.images.to(device)
 
     # Networks
-    run = Run(args, device)
+    run = Run(args, device, rank, processes)
     if checkpoint:
         run.load(checkpoint, photos)
-    if main_process:
-        print(", ".join(f"{k} {v}" for k, v in vars(args).items()))
+    args.out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
         print(f"{len(photos.train)} training, {len(photos.val)} validation, {len(photos.test)} test "
-              f"images on {device}")
+              f"images on {device}", flush=True)
 
     # Loop
-    total = args.pretrain_epochs + args.epochs
-    for epoch in range(run.epoch, total):
+    for epoch in range(run.epoch, args.pretrain_epochs + args.epochs):
         start = time.perf_counter()
         terms, rate = train_epoch(run, photos, epoch)
         check_finite(run, terms, epoch)
         run.epoch = epoch + 1
-        if main_process:
-            val = evaluate(lambda L, ab: run.ema(L), photos, photos.val, device)
-            row = {"epoch": run.epoch, "phase": "pretrain" if epoch < args.pretrain_epochs else "wgan-gp"}
-            row |= dict.fromkeys(TERMS) | dict(zip(TERMS, terms.mean(0).tolist()))
-            row |= {f"val_{k}": v for k, v in val.items()}
-            row |= {"images_per_s": rate, "seconds": time.perf_counter() - start}
-            run.log.append(row)
-            report(row, args)
-            if run.epoch % args.sample_every == 0 or run.epoch == total:
-                save_picture(run, photos)
-            run.save(photos)
+        if rank == 0:
+            finish_epoch(run, photos, terms, rate, start)
     if processes > 1:
         dist.destroy_process_group()
-    if main_process:
+    if rank == 0:
         print_table(args.out / "g.pt", args.data, device)
-
-
-def report(row, args):
-    """Print one epoch's row of log.csv as a line."""
-    live("")
-    phase_ends = args.pretrain_epochs + (0 if row["phase"] == "pretrain" else args.epochs)
-    minutes = (phase_ends - row["epoch"]) * row["seconds"] / 60
-    terms = "  ".join(f"{name} {row[name]:.4f}" for name in TERMS if row[name] is not None)
-    print(f"epoch {row['epoch']}/{args.pretrain_epochs + args.epochs} {row['phase']}  {terms}  "
-          f"val {row['val_psnr']:.2f} dB, colourfulness {row['val_colourfulness']:.1f}  "
-          f"{row['images_per_s']:.0f} images/s, {minutes:.0f} min left in this phase", flush=True)
 
 
 def main(argv=None):
