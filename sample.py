@@ -29,7 +29,7 @@ from models import load_generator, pick_device
 
 MAX_PIXELS = 200_000_000  # of one picture
 BATCH_PIXELS = 16_000_000  # held at once, or one larger picture
-STRIP_PIXELS = 1_000_000  # converted at once
+STRIP_PIXELS = 65_536  # converted at once: what fits in a processor's cache
 SAVE = {  # suffixes that are kept, with how they are written
     ".png": {}, ".bmp": {}, ".tif": {"compression": "tiff_adobe_deflate"},
     ".tiff": {"compression": "tiff_adobe_deflate"}, ".webp": {"lossless": True, "exact": True},
@@ -62,16 +62,15 @@ def read_picture(path, size):
         if image.mode in ("I", "F"):
             notes.add("32-bit lightness is scaled by its own range")
         profile = image.info.get("icc_profile")
-        image = to_8bit(ImageOps.exif_transpose(image))
-        alpha = None
-        if image.has_transparency_data:
-            alpha = image.convert("RGBA").getchannel("A")
-    is_grey = image.mode in ("1", "L", "LA", "La")
-    if is_grey:
-        image = image.convert("L")
-    elif image.mode in ("P", "PA", "RGBA", "RGBa"):
-        image = image.convert("RGBA").convert("RGB")
-    image = to_srgb(image, profile).convert("L" if is_grey else "RGB")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        image = to_8bit(image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.mode not in ("L", "RGB", "CMYK", "YCbCr", "LAB"):  # what colour management takes
+        image = image.convert(mode)
+    image = to_srgb(image, profile)
+    image = image if image.mode == mode else image.convert(mode)
     squashed = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
     # The tolerance is for grey pictures saved as JPEG in CMYK, or through a profile.
     has_colour = bool(np.ptp(squashed.astype(int), axis=2).max() > 8)
@@ -142,11 +141,16 @@ def colorize(picture, ab):
     size = ab.shape[-1]
     planes = [Image.fromarray(plane.numpy()) for plane in ab]
     result, squared_error = Image.new("RGB", (width, height)), 0.0
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1).expand(-1, -1, -1, 3)
+    lightness = to_lab_batch(levels)[0].flatten().numpy()  # of each grey level
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        real = np.array(picture.image.crop((0, top, width, bottom)).convert("RGB"))
-        L = to_lab_batch(torch.from_numpy(real)[None])[0]
+        real = np.array(picture.image.crop((0, top, width, bottom)))
+        if real.ndim == 2:
+            L, real = torch.from_numpy(lightness[real])[None, None], real[..., None]
+        else:
+            L = to_lab_batch(torch.from_numpy(real)[None])[0]
         # Pillow's box may be fractional and looks beyond its edges: the strips have no seams.
         box = (0, top * size / height, size, bottom * size / height)
         strip = [p.resize((width, bottom - top), Image.Resampling.BICUBIC, box) for p in planes]
@@ -170,10 +174,9 @@ def save_grid(cells, path):
 
 def grid_cell(picture, result, side=256):
     """The grey, colorized and real picture, padded to a square for the grid."""
-    grey = picture.image.convert("L")
-    real = picture.image if picture.has_colour else None
-    return [image and ImageOps.pad(image.convert("RGB"), (side, side), color="white")
-            for image in (grey, result, real)]
+    cell = ImageOps.pad(picture.image, (side, side), color="white")
+    return (cell.convert("L").convert("RGB"), ImageOps.pad(result, (side, side), color="white"),
+            cell if picture.has_colour else None)
 
 
 # ---------------------------------------------------------------------------------------------
