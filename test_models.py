@@ -443,16 +443,22 @@ def test_resume_is_exact_and_so_is_a_second_run():
                 torch.load("parts/g.pt", weights_only=True)["generator"])
 
 
-def test_a_killed_run_resumes_exactly():
-    assert train.main([*LONG, "whole"]) == 0
-    command = [sys.executable, HERE / "train.py", *LONG, "killed", "--resume"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not Path("killed/last.pt").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert train.main([*LONG, "killed", "--resume"]) == 0
-    assert_same_run("whole", "killed")
+def test_a_killed_and_an_interrupted_run_resume_exactly():
+    options = ["--epochs", "8", "--resume"]
+    assert train.main([*LONG, "whole", *options]) == 0
+    last = Path("stopped/last.pt")
+    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        before = last.exists() and last.stat().st_mtime_ns
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *LONG, "stopped", *options],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not last.exists() or last.stat().st_mtime_ns == before:
+            time.sleep(0.01)
+        process.send_signal(number)
+        error = process.communicate()[1].strip()
+        assert process.returncode == status and ("--resume goes on" in error) == (status == 130)
+        assert len(error.splitlines()) <= 1
+    assert train.main([*LONG, "stopped", *options]) == 0
+    assert_same_run("whole", "stopped")
 
 
 @pytest.mark.parametrize("option, value", [
@@ -917,6 +923,7 @@ def test_mutated_files_are_colorized_or_named(ckpt, capsys):
 --sample-every 0 | --sample-every
 --data file.txt | --data
 --data empty | --data
+--data demo --out file.txt/x | --out
 --eval missing.pt | --eval
 --eval file.txt | --eval
 --data demo --resume --out broken | --resume

@@ -342,7 +342,8 @@ def save(path, checkpoint):
         with replacing(path) as part:
             torch.save(checkpoint, part)
     except RuntimeError as error:  # how torch.save reports a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}, is the disk full? {reason}") from error
 
 
 def save_picture(run, photos):
@@ -483,7 +484,10 @@ def train(args):
     run = Run(args, device, rank, processes)
     if checkpoint:
         run.load(checkpoint, photos)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {args.out}: {error.strerror}; name a folder that can be made") from error
     if rank == 0:
         print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
         print(f"{len(photos.train)} training, {len(photos.val)} validation, {len(photos.test)} test "
