@@ -156,7 +156,8 @@ def to_8bit(image):
             raise ValueError("no finite value")
         low, high = finite.min(), finite.max()
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-        return Image.fromarray(((values - low) * (255 / ((high - low) or 1)) + 0.5).astype(np.uint8))
+        scaled = (values - low) * (255 / ((high - low) or 1))
+        return Image.fromarray(scaled.round().astype(np.uint8))
     return image
 
 

@@ -131,8 +131,8 @@ def load_checkpoint(path, flag, key):
         raise UsageError(f"{flag} {path}: cut off, or no checkpoint; use a whole one, or train "
                          "anew") from error
     if not isinstance(checkpoint, dict) or key not in checkpoint:
-        raise UsageError(f"{flag} {path}: a checkpoint of another kind, without '{key}'; --ckpt and "
-                         "--eval take train.py's g.pt, --resume its last.pt")
+        raise UsageError(f"{flag} {path}: a checkpoint of another kind, without '{key}'; --ckpt "
+                         "and --eval take train.py's g.pt, --resume its last.pt")
     return checkpoint
 
 

@@ -213,7 +213,7 @@ def list_inputs(source, out):
     for name in names:
         for target in (out / name, out / f"{name}.png"):
             if target.exists() and (target.stat().st_dev, target.stat().st_ino) in inodes:
-                raise UsageError(f"out {out}: would overwrite the input {target}; name another folder")
+                raise UsageError(f"out {out}: would overwrite the input {target}; name another")
     return folder, names
 
 

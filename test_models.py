@@ -135,7 +135,8 @@ def test_split_is_70_15_15_and_depends_on_the_seed_alone():
 def test_identical_images_fall_into_the_same_part():
     make_photos("photos", 30)
     for i in range(20):  # by chance alone, 20 pairs would all stay together once in 10^6 runs
-        Path(f"photos/copy-{i:02}.png").write_bytes(Path(f"photos/{'ab'[i % 2]}/{i:02}.png").read_bytes())
+        original = Path(f"photos/{'ab'[i % 2]}/{i:02}.png")
+        Path(f"photos/copy-{i:02}.png").write_bytes(original.read_bytes())
     photos = data.Photos("photos", 32, seed=0)
     names = [p.as_posix() for p in data.find_images("photos")]
     part = {names[row]: i for i, rows in enumerate((photos.train, photos.val, photos.test))
@@ -174,7 +175,8 @@ def test_unreadable_images_are_named_and_left_out(capsys):
     for _ in range(2):  # also when the cache is there
         photos = data.Photos(folder, 32, 0)
         assert sum(map(len, (photos.train, photos.val, photos.test))) == 20
-        assert "2 of 22 images left out, unreadable or all black: cut.png, text.jpg" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "2 of 22 images left out, unreadable or all black: cut.png, text.jpg" in out
 
 
 @pytest.mark.parametrize("count", [0, 9])
@@ -199,15 +201,16 @@ def test_decode_reads_orientation_16_bit_and_grey_right():
 
 
 def test_a_download_appears_whole_or_not_at_all(monkeypatch):
-    def broken(root, download):
+    def broken(self, root, download):
         make_photos(root / "flowers-102" / "jpg", 3)
         raise RuntimeError("no route to host")
-    monkeypatch.setattr(data.Flowers102, "__init__", lambda self, root, download: broken(root, download))
+    def whole(self, root, download):
+        make_photos(root / "flowers-102" / "jpg")
+    monkeypatch.setattr(data.Flowers102, "__init__", broken)
     with pytest.raises(data.UsageError, match="by hand.*--data demo"):
         data.Photos("flowers", 32, 0)
     assert not Path("flowers").exists() and Path("flowers.part").exists()
-    monkeypatch.setattr(data.Flowers102, "__init__",
-                        lambda self, root, download: make_photos(root / "flowers-102" / "jpg") and None)
+    monkeypatch.setattr(data.Flowers102, "__init__", whole)
     assert len(data.Photos("flowers", 32, 0).images) == 20 and not Path("flowers.part").exists()
 
 
@@ -231,7 +234,8 @@ def test_shapes(side):
     L, ab = torch.rand(2, 1, side, side) * 2 - 1, torch.rand(2, 2, side, side)
     fake = models.UNet(4)(L)
     assert fake.shape == ab.shape and fake.abs().max() <= 1
-    assert models.PatchCritic(4)(torch.cat([L, ab], 1)).shape == (2, 1, side // 8 - 3, side // 8 - 3)
+    patches = side // 8 - 3
+    assert models.PatchCritic(4)(torch.cat([L, ab], 1)).shape == (2, 1, patches, patches)
 
 
 def test_parameter_counts():
@@ -261,7 +265,8 @@ def test_critic_initialisation_and_norms():
         assert abs(c.weight.std() - 0.02) < 0.002 and abs(c.weight.mean()) < 0.002  # > 3000 weights
         assert c.bias is None or not c.bias.any()
     assert [c.stride[0] for c in convolutions] == [2, 2, 2, 1, 1, 1]
-    assert [type(m).__name__ for m in layers[:5]] == ["Conv2d", "LeakyReLU", "Conv2d", "InstanceNorm2d", "LeakyReLU"]
+    assert [type(m).__name__ for m in layers[:5]] == [
+        "Conv2d", "LeakyReLU", "Conv2d", "InstanceNorm2d", "LeakyReLU"]
     assert sum(isinstance(m, nn.InstanceNorm2d) for m in layers) == 4
 
 
@@ -321,7 +326,8 @@ def test_losses_have_the_papers_signs():
     real, fake = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0])
     assert train.critic_loss(real, fake) == 1.5 - 4  # falls as real scores above colorized
     assert train.generator_loss(torch.tensor(0.1), fake, 100.0) == pytest.approx(100 * 0.1 - 1.5)
-    scores = train.score(lambda lab: lab.mean(1, keepdim=True), torch.ones(2, 1, 4, 4), torch.ones(2, 2, 4, 4))
+    L, ab = torch.ones(2, 1, 4, 4), torch.ones(2, 2, 4, 4)
+    scores = train.score(lambda lab: lab.mean(1, keepdim=True), L, ab)
     assert torch.equal(scores, torch.ones(2))
 
 
@@ -374,7 +380,8 @@ def read_log(out):
 
 
 def test_training_end_to_end(capsys):
-    command = "--data demo --size 32 --width 8 --batch-size 10 --pretrain-epochs 8 --epochs 2".split()
+    command = "--data demo --size 32 --width 8 --batch-size 10".split()
+    command += ["--pretrain-epochs", "8", "--epochs", "2"]
     assert train.main([*command, "--sample-every", "5"]) == 0
     rows, table = read_log("runs"), capsys.readouterr().out.splitlines()[-6:]
     assert float(rows[7]["l1"]) < 0.8 * float(rows[0]["l1"])
@@ -462,14 +469,16 @@ def test_a_killed_and_an_interrupted_run_resume_exactly():
 
 
 @pytest.mark.parametrize("option, value", [
-    ("--seed", "1"), ("--lambda-l1", "10"), ("--pretrain-epochs", "3"), ("--width", "8"), ("--lr", "0.1")])
+    ("--seed", "1"), ("--lambda-l1", "10"), ("--pretrain-epochs", "3"), ("--width", "8"),
+    ("--lr", "0.1")])
 def test_resume_refuses_other_options(option, value, capsys):
     command = [*TINY, "--pretrain-epochs", "1", "--epochs", "0"]
     assert train.main(command) == 0
     before = tree()
     assert train.main([*command, "--resume", option, value]) == 2
     error = capsys.readouterr().err
-    assert option in error and value in error and "the run in runs has" in error and tree() == before
+    assert option in error and value in error and "the run in runs has" in error
+    assert tree() == before
 
 
 def test_resume_takes_the_same_data_elsewhere_and_refuses_other_data(capsys):
@@ -520,7 +529,8 @@ def bad_checkpoint(kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["missing", "cut", "empty", "text", "other", "tensor", "code", "unfit"])
+@pytest.mark.parametrize("kind", [
+    "missing", "cut", "empty", "text", "other", "tensor", "code", "unfit"])
 def test_bad_checkpoints_are_one_line_and_run_no_code(kind, capsys):
     path = bad_checkpoint(kind)
     assert sample.main(["--ckpt", str(path), str(HERE / "in"), "out"]) == 2
@@ -543,22 +553,22 @@ def test_a_bad_last_pt_is_refused(kind, capsys):
 # Several processes
 
 WORKER = """
-import sys, torch, torch.distributed as dist, models, train
+import sys, torch, models, train
 
 def check_average(rank):
     # The averaged gradient of two halves is the whole's, on the critic (no batch norm).
-    critic, lab = models.PatchCritic(4), torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for parameter in critic.parameters():
-        dist.broadcast(parameter.detach(), 0)
+    torch.manual_seed(0)
+    critic, lab = models.PatchCritic(4), torch.rand(8, 3, 32, 32)
     gradients = []
     for batch in (lab, lab[rank::2]):
         critic.zero_grad()
         critic(batch).square().mean().backward()
         gradients.append([p.grad.clone() for p in critic.parameters()])
     train.average_gradients(critic)
-    close = [[torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7) for a, p in zip(g, critic.parameters())]
-             for g in gradients]
-    assert all(close[0]) and not all(close[1])
+    whole, part = gradients
+    averaged = [p.grad for p in critic.parameters()]
+    close = lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-7)  # order of summation
+    assert all(map(close, whole, averaged)) and not all(map(close, part, averaged))
 
 train_epoch = train.train_epoch
 def spy(run, photos, epoch):
@@ -572,14 +582,11 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def torchrun(*command, **options):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*launch, *command], capture_output=True, text=True, timeout=120, **options)
-
-
 def test_two_processes_stay_bit_identical():
     Path("worker.py").write_text(WORKER)
-    result = torchrun("worker.py", *TINY, "--pretrain-epochs", "1", "--epochs", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", "worker.py", *TINY, "--pretrain-epochs", "1", "--epochs", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     for epoch in range(2):
         assert same(*[torch.load(f"{epoch}-{rank}.pt", weights_only=False) for rank in range(2)])
@@ -596,7 +603,8 @@ def ckpt(tmp_path_factory):
     generator = models.UNet(4)
     nn.init.normal_(generator.head.weight, 0, 1.0)
     path = tmp_path_factory.mktemp("ckpt") / "g.pt"
-    torch.save({"generator": generator.state_dict(), "width": 4, "size": 32, "test_digest": ""}, path)
+    state = generator.state_dict()
+    torch.save({"generator": state, "width": 4, "size": 32, "test_digest": ""}, path)
     return str(path)
 
 
@@ -701,8 +709,9 @@ def write_tiled_tiff(path, values):
     tiles = [padded[y : y + 16, x : x + 16].tobytes()
              for y in range(0, padded.shape[0], 16) for x in range(0, padded.shape[1], 16)]
     n = len(tiles)
-    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
-               (277, 3, 1, 1), (322, 4, 1, 16), (323, 4, 1, 16), (324, 4, n, 0), (325, 4, n, 0)]
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1),
+               (262, 3, 1, 1), (277, 3, 1, 1), (322, 4, 1, 16), (323, 4, 1, 16), (324, 4, n, 0),
+               (325, 4, n, 0)]
     arrays = 8 + 2 + 12 * len(entries) + 4
     entries[8], entries[9] = (324, 4, n, arrays), (325, 4, n, arrays + 4 * n)
     offsets = [arrays + 8 * n + 256 * i for i in range(n)]
@@ -732,11 +741,9 @@ def test_exif_orientation_is_applied(orientation, ckpt):
     exif[0x0112] = orientation
     GREY.save("a.png", exif=exif)
     T = Image.Transpose
-    upright = {1: [], 2: [T.FLIP_LEFT_RIGHT], 3: [T.ROTATE_180], 4: [T.FLIP_TOP_BOTTOM], 5: [T.TRANSPOSE],
-               6: [T.ROTATE_270], 7: [T.TRANSVERSE], 8: [T.ROTATE_90]}[orientation]
-    expected = GREY
-    for method in upright:
-        expected = expected.transpose(method)
+    upright = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
+               6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
+    expected = GREY.transpose(upright[orientation]) if orientation > 1 else GREY
     result = colorized(ckpt, "a.png")
     assert result.size == expected.size and not result.getexif().get(0x0112)
     assert np.abs(lightness(result) - lightness(expected)).max() < 0.7
@@ -758,8 +765,8 @@ def icc(kind):
         table += name + struct.pack(">2I", offset + len(body), len(value))
         body += value + bytes(-len(value) % 4)
     size = offset + len(body)
-    header = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02400000, b"mntr", kind, b"XYZ ") + bytes(12)
-    header += b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    header = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02400000, b"mntr", kind, b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
     return header + struct.pack(">I", len(tags)) + table + body
 
 
@@ -804,10 +811,12 @@ def test_a_folder_is_mirrored_and_measured(ckpt, capsys):
                                        "out/sub/deep/grey.png"]
         assert tree("in") == before
         out = capsys.readouterr().out
-        assert out.count(" dB\n") == 3 and "4 colorized" in out and "on the 3 that had colour" in out
+        assert out.count(" dB\n") == 3
+        assert "4 colorized" in out and "on the 3 that had colour" in out
     with Image.open("out/a.JPG") as image:
         assert image.format == "JPEG"
-        error = np.square(np.asarray(image).astype(float) - np.asarray(Image.open("in/a.JPG"))).mean()
+        real = np.asarray(Image.open("in/a.JPG"))
+        error = np.square(np.asarray(image).astype(float) - real).mean()
     said = float(out.split("a.JPG: ")[1].split()[0])
     assert said == pytest.approx(10 * math.log10(255**2 / error), abs=0.3)  # before JPEG's own loss
     with Image.open("out/grid.png") as image:
@@ -821,8 +830,9 @@ def test_no_two_inputs_share_an_output(ckpt):
     for name in ("a.gif", "a.gif.png", "a.png", "grid.png"):
         GREY.save(Path("in", name))
     assert sample.main(["--ckpt", ckpt, "in", "out"]) == 0
-    assert sorted(tree("out")) == ["out/a.gif.png", "out/a.gif.png.png", "out/a.jpg.png", "out/a.png",
-                                   "out/grid-grid.png", "out/grid.png"]
+    assert sorted(tree("out")) == [
+        "out/a.gif.png", "out/a.gif.png.png", "out/a.jpg.png", "out/a.png", "out/grid-grid.png",
+        "out/grid.png"]
 
 
 def test_broken_files_are_named_and_the_others_colorized(ckpt, capsys):
@@ -838,7 +848,8 @@ def test_broken_files_are_named_and_the_others_colorized(ckpt, capsys):
     assert sample.main(["--ckpt", ckpt, "in", "out"]) == 1
     captured = capsys.readouterr()
     errors = captured.err.splitlines()
-    assert [line.split(":")[0] for line in errors] == [f"in/{n}" for n in ("cut.png", "empty.png", "huge.png", "text.jpg")]
+    assert [line.split(":")[0] for line in errors] == [
+        "in/cut.png", "in/empty.png", "in/huge.png", "in/text.jpg"]
     assert "3 colorized" in captured.out and "4 failed" in captured.out
     assert len(tree("out")) == 4
     assert sample.main(["--ckpt", ckpt, "in/cut.png", "none"]) == 1 and not Path("none").exists()
@@ -854,12 +865,13 @@ def mutate(blob, others, rng):
     elif kind == 1:
         del blob[rng.randrange(len(blob)) :]
     else:
-        blob[rng.randrange(len(blob)) :] = (other := rng.choice(others))[rng.randrange(len(other)) :]
+        other = rng.choice(others)
+        blob[rng.randrange(len(blob)) :] = other[rng.randrange(len(other)) :]
     return bytes(blob)
 
 
 def test_mutated_files_are_colorized_or_named(ckpt, capsys):
-    """MUTATIONS files (300): each is written or named; the process is watched for time and memory."""
+    """MUTATIONS files (300): each is written or named, within bounds of time and memory."""
     import resource
     seeds, rng = {}, random.Random(0)
     for suffix in ("png", "jpg", "tif", "bmp", "webp", "gif"):
@@ -878,13 +890,14 @@ def test_mutated_files_are_colorized_or_named(ckpt, capsys):
         assert sample.main(["--ckpt", ckpt, "in", "out"]) == 1
     finally:
         signal.alarm(0)
-    named = {line.split(":")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("in/")}
-    written = {"in/" + p.relative_to("out").as_posix().replace(".gif.png", ".gif") for p in Path("out").iterdir()}
+    errors = capsys.readouterr().err.splitlines()
+    named = {line.split(":")[0] for line in errors if line.startswith("in/")}
+    written = {f"in/{p.name}".replace(".gif.png", ".gif") for p in Path("out").iterdir()}
     assert {f"in/{p.name}" for p in Path("in").iterdir()} == named | (written - {"in/grid.png"})
     assert not named & written and len(named) > count / 10 and len(written) > count / 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert peak < 2**20  # KiB: 1 GiB
-    print(f"{len(named)} named, {len(written) - 1} colorized, peak {peak / 1024:.0f} MiB above the start")
+    print(f"{len(named)} named, {len(written) - 1} colorized, {peak / 1024:.0f} MiB at most")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -945,8 +958,9 @@ def test_train_mistakes_are_one_line(options, named, capsys):
 
 
 @pytest.mark.parametrize("command, named", [
-    ("missing out", "missing"), ("in in", "out in"), ("in in/out", "in/out"), ("in/a/00.png in/a", "overwrite"),
-    ("in file", "out file"), ("in out --device gpu", "--device"), ("in", "out"), ("in out --size 3", "--size")])
+    ("missing out", "missing"), ("in in", "out in"), ("in in/out", "in/out"),
+    ("in/a/00.png in/a", "overwrite"), ("in file", "out file"), ("in", "out"),
+    ("in out --device gpu", "--device"), ("in out --size 3", "--size")])
 def test_sample_mistakes_are_one_line(command, named, ckpt, capsys):
     make_photos("in", 2)
     Path("file").touch()

@@ -263,7 +263,7 @@ def print_table(path, data, device):
     print(f"{title:34} PSNR dB   SSIM  colourfulness")
     for name, predict in predictors.items():
         means = evaluate(predict, photos, photos.test, device, ssim=True)
-        print(f"{name:34} {means['psnr']:7.2f}  {means['ssim']:.3f}  {means['colourfulness']:13.1f}")
+        print("{:34} {psnr:7.2f}  {ssim:.3f}  {colourfulness:13.1f}".format(name, **means))
     if data == "demo":
         print("demo: the parts overlap, so these figures show that it learns, not how well")
 
@@ -382,43 +382,47 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--data", default="data", metavar="DIR",
+    parser.add_argument("--data", default="data", metavar="DIR",
         help="folder of images; where it does not exist Flowers102 is downloaded into it; "
              "demo: crops of photographs that scikit-image ships")
-    add("--size", type=number(int, 32, 1024), default=128,
+    parser.add_argument("--size", type=number(int, 32, 1024), default=128,
         help="side of the training images in pixels, a multiple of 16")
-    add("--width", type=number(int, 1, 512), default=64,
+    parser.add_argument("--width", type=number(int, 1, 512), default=64,
         help="channels of the first block of both networks (U-Net and PatchGAN: 64)")
-    add("--batch-size", type=number(int, 1), default=32,
+    parser.add_argument("--batch-size", type=number(int, 1), default=32,
         help="images a step, over all processes")
-    add("--pretrain-epochs", type=number(int, 0), default=20, help="epochs of L1 alone")
-    add("--epochs", type=number(int, 0), default=110, help="epochs of WGAN-GP after that")
-    add("--critic-steps", type=number(int, 1), default=1,
+    parser.add_argument("--pretrain-epochs", type=number(int, 0), default=20,
+        help="epochs of L1 alone")
+    parser.add_argument("--epochs", type=number(int, 0), default=110,
+        help="epochs of WGAN-GP after that")
+    parser.add_argument("--critic-steps", type=number(int, 1), default=1,
         help="critic steps a batch (WGAN-GP: 5)")
-    add("--generator-steps", type=number(int, 1), default=2,
+    parser.add_argument("--generator-steps", type=number(int, 1), default=2,
         help="generator steps a batch (WGAN-GP: 1)")
-    add("--lambda-l1", type=number(float, 0), default=100.0,
+    parser.add_argument("--lambda-l1", type=number(float, 0), default=100.0,
         help="weight of the L1 loss, of ab / 110 (pix2pix: 100)")
-    add("--lambda-gp", type=number(float, 0), default=10.0,
+    parser.add_argument("--lambda-gp", type=number(float, 0), default=10.0,
         help="weight of the gradient penalty (WGAN-GP: 10)")
-    add("--pretrain-lr", type=number(float, 0), default=1e-3,
+    parser.add_argument("--pretrain-lr", type=number(float, 0), default=1e-3,
         help="highest learning rate of pre-training")
-    add("--lr", type=number(float, 0), default=1e-4,
+    parser.add_argument("--lr", type=number(float, 0), default=1e-4,
         help="learning rate of the adversarial phase (WGAN-GP: 1e-4)")
-    add("--ema", type=number(float, 0, 1), default=0.999,
+    parser.add_argument("--ema", type=number(float, 0, 1), default=0.999,
         help="decay, a batch, of the weights' moving average; 0 for none")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
-    add("--compile", action="store_true", help="compile the generator with torch.compile")
-    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the split and of training")
-    add("--sample-every", type=number(int, 1), default=5, metavar="EPOCHS",
+    parser.add_argument("--compile", action="store_true",
+        help="compile the generator with torch.compile")
+    parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
+        help="of the split and of training")
+    parser.add_argument("--sample-every", type=number(int, 1), default=5, metavar="EPOCHS",
         help="epochs between pictures in OUT")
-    add("--out", type=Path, default=Path("runs"), metavar="OUT",
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="OUT",
         help="folder for g.pt, last.pt, log.csv and pictures")
-    add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
-    add("--eval", type=Path, metavar="CKPT",
+    parser.add_argument("--resume", action="store_true",
+        help="go on from OUT/last.pt where there is one")
+    parser.add_argument("--eval", type=Path, metavar="CKPT",
         help="evaluate this generator on the test part of --data, and train nothing")
     args = parser.parse_args(argv)
     if args.size % 16:
@@ -441,8 +445,9 @@ def finish_epoch(run, photos, terms, rate, start):
     total = args.pretrain_epochs + args.epochs
     left = ((args.pretrain_epochs if pretraining else total) - run.epoch) * seconds() / 60
     live("")
-    print(f"epoch {run.epoch}/{total} {row['phase']} ", *(f"{k} {v:.4f} " for k, v in means.items()),
-          f"val {val['psnr']:.2f} dB, colourfulness {val['colourfulness']:.1f}  {rate:.0f} images/s, "
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    print(f"epoch {run.epoch}/{total} {row['phase']}  {losses}  val {val['psnr']:.2f} dB, "
+          f"colourfulness {val['colourfulness']:.1f}  {rate:.0f} images/s, "
           f"{left:.0f} min left in this phase", flush=True)
     if run.epoch % args.sample_every == 0 or run.epoch == total:
         save_picture(run, photos)
@@ -466,7 +471,8 @@ def train(args):
     if args.batch_size % processes:
         raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {processes} processes")
     if processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # long enough to decode
 
     # Data: the first process decodes, then all read the cache.
     if processes > 1 and rank > 0:
@@ -487,11 +493,11 @@ def train(args):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {args.out}: {error.strerror}; name a folder that can be made") from error
+        raise UsageError(f"--out {args.out}: {error.strerror}; name another folder") from error
     if rank == 0:
         print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-        print(f"{len(photos.train)} training, {len(photos.val)} validation, {len(photos.test)} test "
-              f"images on {device}", flush=True)
+        print(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} "
+              f"test images, on {device}", flush=True)
 
     # Loop
     for epoch in range(run.epoch, args.pretrain_epochs + args.epochs):
@@ -526,7 +532,7 @@ def main(argv=None):
               "or --size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; --resume goes on from the last whole epoch in {args.out}", file=sys.stderr)
+        print(f"\nstopped; --resume goes on from {args.out}'s last whole epoch", file=sys.stderr)
         return 130
     return 0
 
