@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,20 +164,19 @@ def colorize(picture, ab):
     return result, 10 * math.log10(255**2 / mean) if mean else math.inf
 
 
-def save_grid(cells, path):
-    """Draw grey, colorized and real rows; cells: (grey, colorized, real or None) a picture."""
-    blank = Image.new("RGB", cells[0][0].size, "white")
-    images = [cell[row] or blank for row in range(3) for cell in cells]
+def save_grid(columns, path):
+    """Draw the columns that grid_cells made, side by side."""
+    images = [cells[row] for row in range(3) for cells in columns]
     tensors = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2) / 255
     with replacing(path) as part:
-        save_image(tensors, part, nrow=len(cells), format="png", pad_value=1)
+        save_image(tensors, part, nrow=len(columns), format="png", pad_value=1)
 
 
-def grid_cell(picture, result, side=256):
-    """The grey, colorized and real picture, padded to a square for the grid."""
-    cell = ImageOps.pad(picture.image, (side, side), color="white")
-    return (cell.convert("L").convert("RGB"), ImageOps.pad(result, (side, side), color="white"),
-            cell if picture.has_colour else None)
+def grid_cells(picture, result, side=256):
+    """The grey, colorized and real picture, padded to squares; white where there was no colour."""
+    real = ImageOps.pad(picture.image, (side, side), color="white")
+    return (real.convert("L").convert("RGB"), ImageOps.pad(result, (side, side), color="white"),
+            real if picture.has_colour else Image.new("RGB", (side, side), "white"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def list_inputs(source, out):
             raise UsageError(f"out {out}: lies in the input folder; name one outside {source}")
     inodes = {(s.st_dev, s.st_ino) for s in map(os.stat, (folder / name for name in names))}
     for name in names:
-        for target in (out / name, out / f"{name}.png"):
+        for target in (out / name, out / f"{name}.png", out / "grid.png"):
             if target.exists() and (target.stat().st_dev, target.stat().st_ino) in inodes:
                 raise UsageError(f"out {out}: would overwrite the input {target}; name another")
     return folder, names
@@ -235,56 +235,77 @@ def read_batches(folder, names, size, fail):
         yield batch
 
 
+def finish(item):
+    """Colorize and write one picture of a batch; runs in a thread.
+
+    item: (picture, ab (2, size, size), output path, whether the grid shows it).
+    Returns (grid cells or None, PSNR), or the exception.
+    """
+    picture, ab, path, shown = item
+    try:
+        result, psnr = colorize(picture, ab)
+        cells = grid_cells(picture, result) if shown else None
+        if picture.alpha:
+            result.putalpha(picture.alpha)
+        write_picture(result, path)
+        return cells, psnr
+    except Exception as error:  # a full disk, a name too long, no memory
+        return error
+
+
 @torch.no_grad()
 def run(args):
     """Colorize by the options. Returns the exit status."""
     device = pick_device(args.device)
     generator, info = load_generator(args.ckpt, device)
     folder, names = list_inputs(args.input, args.out)
-    inputs, failed, said, cells, psnrs = set(names), [], set(), [], []
-    done, start = 0, time.perf_counter()
+    inputs, said, grid, psnrs = set(names), set(), [], []
+    done, failed, start = 0, 0, time.perf_counter()
+
+    def say(line, file=sys.stdout):
+        live("")
+        print(line, file=file)
 
     def fail(name, error):
-        failed.append(name)
+        nonlocal failed
+        failed += 1
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        live("")
-        print(f"{folder / name}: not colorized: {reason}", file=sys.stderr)
+        say(f"{folder / name}: not colorized: {reason}", sys.stderr)
 
-    for batch in read_batches(folder, names, info["size"], fail):
-        squashed = torch.from_numpy(np.stack([picture.squashed for _, picture in batch]))
-        ab = generator(to_lab_batch(squashed.to(device))[0]).cpu()
-        for (name, picture), colour in zip(batch, ab):
-            try:
-                result, psnr = colorize(picture, colour)
-                if len(cells) < 8:
-                    cells.append(grid_cell(picture, result))
-                if picture.alpha:
-                    result.putalpha(picture.alpha)
-                write_picture(result, output_path(args.out, name, picture.alpha, inputs))
-            except Exception as error:  # a full disk, a name too long, no memory
-                fail(name, error)
-                continue
-            done += 1
-            for note in picture.notes - said:
-                live("")
-                print(f"{name}: {note} (said once)")
-            said |= picture.notes
-            if picture.has_colour:
-                psnrs.append(psnr)
-                if len(psnrs) <= 8:
-                    live("")
-                    print(f"{name}: {psnr:.2f} dB")
-            rate = (done + len(failed)) / (time.perf_counter() - start)
-            left = (len(names) - done - len(failed)) / rate
-            live(f"{done + len(failed)}/{len(names)}, {rate:.1f} images/s, {left:.0f} s left")
+    # A thread a core, each with torch on that core: a third faster than one picture on all.
+    one_core = dict(initializer=torch.set_num_threads, initargs=(1,))
+    with ThreadPoolExecutor(os.cpu_count(), **one_core) as pool:
+        for batch in read_batches(folder, names, info["size"], fail):
+            squashed = torch.from_numpy(np.stack([picture.squashed for _, picture in batch]))
+            ab = generator(to_lab_batch(squashed.to(device))[0]).cpu()
+            items = [(picture, ab[i], output_path(args.out, name, picture.alpha, inputs),
+                      len(grid) + i < 8) for i, (name, picture) in enumerate(batch)]
+            for (name, picture), made in zip(batch, pool.map(finish, items)):
+                if isinstance(made, Exception):
+                    fail(name, made)
+                    continue
+                cells, psnr = made
+                done += 1
+                for note in picture.notes - said:
+                    say(f"{name}: {note} (said once)")
+                said |= picture.notes
+                if picture.has_colour:
+                    psnrs.append(psnr)
+                if cells:
+                    grid.append(cells)
+                    if picture.has_colour:
+                        say(f"{name}: {psnr:.2f} dB")
+                rate = (done + failed) / (time.perf_counter() - start)
+                left = (len(names) - done - failed) / rate
+                live(f"{done + failed}/{len(names)}, {rate:.1f} images/s, {left:.0f} s left")
     live("")
-    if cells:
-        grid = args.out / "grid.png"
-        while grid.relative_to(args.out) in inputs:
-            grid = grid.with_stem(grid.stem + "-grid")
-        save_grid(cells, grid)
+    if grid:
+        path = args.out / "grid.png"
+        while path.relative_to(args.out) in inputs:
+            path = path.with_stem(path.stem + "-grid")
+        save_grid(grid, path)
     mean = f", {np.mean(psnrs):.2f} dB on the {len(psnrs)} that had colour" if psnrs else ""
-    print(f"{done} colorized{mean}, {len(failed)} failed")
+    print(f"{done} colorized{mean}, {failed} failed")
     return 1 if failed or not done else 0
 
 
