@@ -8,6 +8,7 @@ point of the 2 degree observer, in the constants of scikit-image, so that both a
 import hashlib
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,7 +116,7 @@ def replacing(path):
 
     Whoever reads path sees the old file or the new one, never half of one.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield part
         os.replace(part, path)
@@ -127,6 +128,11 @@ def live(text):
     """Redraw one line of progress on a terminal; elsewhere print nothing."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Make text printable: bytes of file names that are not UTF-8 are escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def find_images(folder):
@@ -241,10 +247,10 @@ def demo(size, crop=192, stride=32):
 class Photos:
     """The photographs of --data at one size, split 70 / 15 / 15 by a seed.
 
-    images: (N, size, size, 3) uint8 tensor, memory-mapped and so never read whole.
+    images: (N, size, size, 3) uint8 tensor, memory-mapped: it needs no memory of its own.
     train, val, test: int64 tensors of rows. Identical images fall into the same part.
     test_digest: of the file names of the test part; contents: of the pixels of all parts.
-    Raises UsageError for a folder with fewer than ten readable images.
+    Raises UsageError for fewer than ten readable images, or too many identical ones to split.
     """
 
     def __init__(self, data, size, seed):
@@ -252,7 +258,8 @@ class Photos:
         bad = [name for name, image in zip(names, images) if not image.any()]
         if bad:
             shown = ", ".join(bad[:20]) + (" ..." if len(bad) > 20 else "")
-            print(f"{len(bad)} of {len(names)} images left out, unreadable or all black: {shown}")
+            print(printable(f"{len(bad)} of {len(names)} images left out, unreadable or all black: "
+                            f"{shown}"))
         good = [row for row, image in enumerate(images) if image.any()]
         if len(good) < 10:
             raise UsageError(f"--data {data}: {len(good)} readable images, at least 10 are needed")
@@ -267,6 +274,8 @@ class Photos:
         ends = [round(0.7 * len(order)), round(0.85 * len(order)), len(order)]
         parts = [[row for row in order if start <= first[keys[row]] < end]
                  for start, end in zip([0] + ends, ends)]
+        if not all(parts):
+            raise UsageError(f"--data {data}: too many identical images to split them in three")
         self.train, self.val, self.test = map(torch.tensor, parts)
         self.test_digest = _digest(sorted(os.path.basename(names[row]) for row in parts[2]))
         self.contents = _digest([keys[row] for row in good])

@@ -24,7 +24,7 @@ from torchvision.utils import save_image
 
 from data import (
     XYZ_FROM_RGB, UsageError, denormalize, find_images, lab_to_linear, linear_to_rgb, live,
-    replacing, to_8bit, to_lab_batch,
+    printable, replacing, to_8bit, to_lab_batch,
 )
 from models import load_generator, pick_device
 
@@ -184,7 +184,8 @@ def grid_cells(picture, result, side=256):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # an error is one line
+        description=" ".join(__doc__.split("\n\n")[:2]),
+        usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("input", type=Path, help="a picture, or a folder, sub-folders included")
@@ -264,7 +265,7 @@ def run(args):
 
     def say(line, file=sys.stdout):
         live("")
-        print(line, file=file)
+        print(printable(line), file=file)
 
     def fail(name, error):
         nonlocal failed
@@ -272,10 +273,14 @@ def run(args):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         say(f"{folder / name}: not colorized: {reason}", sys.stderr)
 
+    if not names:
+        say(f"{args.input}: no file with the suffix of a picture", sys.stderr)
+
     # A thread a core, each with torch on that core: a third faster than one picture on all.
     one_core = dict(initializer=torch.set_num_threads, initargs=(1,))
     with ThreadPoolExecutor(os.cpu_count(), **one_core) as pool:
         for batch in read_batches(folder, names, info["size"], fail):
+            args.out.mkdir(parents=True, exist_ok=True)
             squashed = torch.from_numpy(np.stack([picture.squashed for _, picture in batch]))
             ab = generator(to_lab_batch(squashed.to(device))[0]).cpu()
             items = [(picture, ab[i], output_path(args.out, name, picture.alpha, inputs),

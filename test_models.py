@@ -186,6 +186,14 @@ def test_too_few_images_are_refused(count):
         data.Photos(make_photos("photos", count), 32, 0)
 
 
+def test_images_that_are_all_the_same_are_refused():
+    Path("photos").mkdir()
+    for i in range(12):
+        photo().save(f"photos/{i}.png")
+    with pytest.raises(data.UsageError, match="too many identical images"):
+        data.Photos("photos", 32, 0)
+
+
 def test_decode_reads_orientation_16_bit_and_grey_right():
     image, exif = photo((64, 32)), Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -479,6 +487,13 @@ def test_resume_refuses_other_options(option, value, capsys):
     error = capsys.readouterr().err
     assert option in error and value in error and "the run in runs has" in error
     assert tree() == before
+
+
+def test_resume_refuses_fewer_epochs_than_were_done(capsys):
+    command = [*TINY, "--pretrain-epochs", "1", "--resume", "--epochs"]
+    assert train.main([*command, "1"]) == 0
+    assert train.main([*command, "0"]) == 2
+    assert "--epochs 0: the run in runs has done 1" in capsys.readouterr().err
 
 
 def test_resume_takes_the_same_data_elsewhere_and_refuses_other_data(capsys):
@@ -853,6 +868,19 @@ def test_broken_files_are_named_and_the_others_colorized(ckpt, capsys):
     assert "3 colorized" in captured.out and "4 failed" in captured.out
     assert len(tree("out")) == 4
     assert sample.main(["--ckpt", ckpt, "in/cut.png", "none"]) == 1 and not Path("none").exists()
+
+
+def test_odd_names_and_folders(ckpt, capsys):
+    Path("in").mkdir()
+    for name in ("n" * 246 + ".png", os.fsdecode(b"caf\xe9.png"), "a b: ü.png"):
+        photo().save(Path("in", name))
+    assert sample.main(["--ckpt", ckpt, "in", "out"]) == 0
+    assert "caf\\udce9.png: " in capsys.readouterr().out and len(tree("out")) == 4
+    assert sample.main(["--ckpt", ckpt, "in", "/proc/none"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    Path("empty").mkdir()
+    assert sample.main(["--ckpt", ckpt, "empty", "none"]) == 1
+    assert "no file with the suffix of a picture" in capsys.readouterr().err
 
 
 def mutate(blob, others, rng):

@@ -325,12 +325,17 @@ class Run:
         for name, value in self.options().items():
             saved = checkpoint["options"].get(name)
             if value != saved:
-                flag = "--nproc-per-node" if name == "processes" else f"--{name.replace('_', '-')}"
+                flag = f"--{name.replace('_', '-')}"
+                flag = "torchrun --nproc-per-node" if name == "processes" else flag
                 raise UsageError(f"{flag} {value}: the run in {self.args.out} has {saved}; "
                                  "resume with that, or start another --out")
         if checkpoint["contents"] != photos.contents:
             raise UsageError(f"--data {self.args.data}: not the images that the run in "
                              f"{self.args.out} was trained on")
+        done, epochs = checkpoint["epoch"], self.args.epochs
+        if done > self.args.pretrain_epochs + epochs:
+            raise UsageError(f"--epochs {epochs}: the run in {self.args.out} has done "
+                             f"{done - self.args.pretrain_epochs}; ask for as many or more")
         for name in self.STATEFUL:
             getattr(self, name).load_state_dict(checkpoint[name])
         self.epoch, self.log = checkpoint["epoch"], checkpoint["log"]
@@ -379,7 +384,8 @@ def number(kind, low, high=math.inf):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # an error is one line
+        description=" ".join(__doc__.split("\n\n")[:2]),
+        usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data", default="data", metavar="DIR",
@@ -532,7 +538,8 @@ def main(argv=None):
               "or --size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; --resume goes on from {args.out}'s last whole epoch", file=sys.stderr)
+        remedy = "" if args.eval else f"; --resume goes on from the last whole epoch in {args.out}"
+        print(f"\nstopped{remedy}", file=sys.stderr)
         return 130
     return 0
 
