@@ -383,6 +383,7 @@ def number(kind, low, high=math.inf):
 
 
 def parse_args(argv=None):
+    """The options as a namespace; a wrong one ends the program with one line and status 2."""
     parser = argparse.ArgumentParser(
         description=" ".join(__doc__.split("\n\n")[:2]),
         usage=argparse.SUPPRESS,  # so that an error is one line
