@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from skimage import data as skimage_data
+from torch.nn import functional as F
 from torchvision.datasets import Flowers102
 
 L_CENTER, AB_RANGE = 50.0, 110.0  # networks see L / 50 - 1 and ab / 110
@@ -245,16 +246,18 @@ def demo(size, crop=192, stride=32):
 # Split and batches
 
 class Photos:
-    """The photographs of --data at one size, split 70 / 15 / 15 by a seed.
+    """The photographs of --data, split 70 / 15 / 15 by a seed.
 
-    images: (N, size, size, 3) uint8 tensor, memory-mapped: it needs no memory of its own.
+    images: (N, S, S, 3) uint8 tensor, memory-mapped: it needs no memory of its own. S is 1.5 times
+    size, so that a random crop is never enlarged.
     train, val, test: int64 tensors of rows. Identical images fall into the same part.
     test_digest: of the file names of the test part; contents: of the pixels of all parts.
     Raises UsageError for fewer than ten readable images, or too many identical ones to split.
     """
 
     def __init__(self, data, size, seed):
-        names, images = demo(size) if data == "demo" else decode_folder(Path(data), size)
+        self.size, stored = size, size * 3 // 2
+        names, images = demo(stored) if data == "demo" else decode_folder(Path(data), stored)
         bad = [name for name, image in zip(names, images) if not image.any()]
         if bad:
             shown = ", ".join(bad[:20]) + (" ..." if len(bad) > 20 else "")
@@ -280,24 +283,48 @@ class Photos:
         self.test_digest = _digest(sorted(os.path.basename(names[row]) for row in parts[2]))
         self.contents = _digest([keys[row] for row in good])
 
-    def batches(self, rows, batch_size, device):
-        """Yield (L, ab) of the rows in order, not flipped; the last batch may be smaller."""
-        for chunk in rows.split(batch_size):
-            yield to_lab_batch(self.images[chunk].to(device))
+    def batch(self, rows, device, crop=False):
+        """The images of these rows as networks see them: L (N, 1, size, size), ab (N, 2, size, size).
+
+        crop: of each image a random part, for training; otherwise the whole image.
+        """
+        images = self.images[rows.to(self.images.device)].permute(0, 3, 1, 2)
+        if crop:
+            rgb = random_crops(images.to(device) / 255, self.size)
+        else:  # where the images are: MPS had no antialiased bicubic before torch 2.8
+            rgb = resize(images / 255, self.size).to(device)
+        return normalize(rgb_to_lab(rgb))
 
 
 def _digest(values):
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def to_lab_batch(images, flip=False):
-    """Turn a uint8 batch into what networks see, on the batch's device.
+def resize(rgb, size):
+    """Scale rgb (N, 3, H, W) in [0, 1] to (N, 3, size, size): bicubic, antialiased."""
+    return F.interpolate(rgb, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
-    images: (N, H, W, 3) uint8. flip: mirror each image with probability 1/2.
-    Returns L (N, 1, H, W) and ab (N, 2, H, W) float32 in [-1, 1].
+
+def random_crops(rgb, size, shortest=2 / 3, aspect=0.1):
+    """Scale a random part of each image, mirrored with probability 1/2, to size x size.
+
+    rgb: (N, 3, H, W) in [0, 1]; returns (N, 3, size, size). A part's sides are shortest to 1 of the
+    image's (its area uniform between the squares, their ratio 1 +- aspect), its place is uniform.
+    One affine map an image holds all of it (Jaderberg et al. 2015, eq. 1): no loop.
     """
-    rgb = images.permute(0, 3, 1, 2) / 255
-    if flip:
-        coin = torch.rand(len(rgb), 1, 1, 1, device=rgb.device) < 0.5
-        rgb = torch.where(coin, rgb.flip(3), rgb)
-    return normalize(rgb_to_lab(rgb))
+    def uniform(low, high):
+        return torch.empty(len(rgb), device=rgb.device).uniform_(low, high)
+
+    side, ratio = uniform(shortest**2, 1).sqrt(), uniform(1 - aspect, 1 + aspect).sqrt()
+    width, height = (side * ratio).clamp(shortest, 1), (side / ratio).clamp(shortest, 1)
+    x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # the part's centre
+    mirror = 1 - 2 * torch.randint(2, x.shape, device=rgb.device)
+    zero = torch.zeros_like(x)
+    maps = torch.stack([width * mirror, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(maps, (len(rgb), 3, size, size), align_corners=False)
+    return F.grid_sample(rgb, grid, align_corners=False)
+
+
+def to_lab_batch(images):
+    """Turn (N, H, W, 3) uint8 into L (N, 1, H, W) and ab (N, 2, H, W) float32 in [-1, 1]."""
+    return normalize(rgb_to_lab(images.permute(0, 3, 1, 2) / 255))

@@ -222,15 +222,43 @@ def test_a_download_appears_whole_or_not_at_all(monkeypatch):
     assert len(data.Photos("flowers", 32, 0).images) == 20 and not Path("flowers.part").exists()
 
 
-def test_each_image_is_flipped_by_its_own_coin():
+def test_each_image_gets_its_own_crop_mirrored_or_not():
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (200, 16, 16, 3), dtype=torch.uint8)
-    L, ab = data.to_lab_batch(images, flip=True)
-    kept, mirrored = data.to_lab_batch(images), data.to_lab_batch(images.flip(2))
-    is_kept = torch.tensor([torch.equal(L[i], kept[0][i]) and torch.equal(ab[i], kept[1][i])
-                            for i in range(200)])
-    assert 70 < is_kept.sum() < 130  # 4 standard deviations
-    assert all(torch.equal(ab[i], mirrored[1][i]) for i in (~is_kept).nonzero().flatten())
+    ramp = (torch.arange(96) + 0.5) / 96  # a picture of its own coordinates
+    x, y = ramp.expand(96, 96), ramp[:, None].expand(96, 96)
+    crops = data.random_crops(torch.stack([x, y, x * 0]).expand(4000, -1, -1, -1), 64)
+    assert crops.shape == (4000, 3, 64, 64) and crops.min() >= 0 and crops.max() <= 1
+    first, last = crops[:, :2, 0, 0], crops[:, :2, -1, -1]  # centres of the corner pixels
+    width, height = ((last - first) * 64 / 63).T
+    mirrored = width < 0
+    assert 0.45 < mirrored.float().mean() < 0.55 and not (height < 0).any()  # 6 standard deviations
+    width, tolerance = width.abs(), 1e-4
+    for side in (width, height):  # never enlarged: 64 pixels of at least two thirds of 96
+        assert 2 / 3 - tolerance < side.min() < 0.68 and 0.99 < side.max() < 1 + tolerance
+    ratio, area = width / height, width * height
+    assert 0.9 - tolerance < ratio.min() < 0.91 and 1.09 < ratio.max() < 1.1 + tolerance
+    assert area.mean() == pytest.approx((4 / 9 + 1) / 2, abs=0.02)  # uniform between the squares
+    left = torch.minimum(first[:, 0], last[:, 0]) - width / 128
+    small = width < 0.9
+    assert (left / (1 - width))[small].mean() == pytest.approx(0.5, abs=0.03)  # anywhere inside
+    assert left.min() > -tolerance and (left + width).max() < 1 + tolerance
+    spread = (left / (1 - width))[small].std()
+    assert spread == pytest.approx(12 ** -0.5, abs=0.02)  # uniform
+
+
+def test_batches_are_the_whole_image_or_crops_of_it():
+    photos = data.Photos(make_photos("photos"), 32, 0)
+    assert photos.images.shape == (20, 48, 48, 3)
+    L, ab = photos.batch(photos.val, "cpu")
+    assert L.shape == (3, 1, 32, 32) and ab.shape == (3, 2, 32, 32)
+    images = [Image.fromarray(photos.images[row].numpy()) for row in photos.val]
+    small = np.stack([image.resize((32, 32), Image.Resampling.BICUBIC) for image in images])
+    lab = rgb2lab(small)
+    assert np.abs((L[:, 0].numpy() + 1) * 50 - lab[..., 0]).max() < 0.7  # Pillow rounds to 8 bits
+    assert np.abs(ab.permute(0, 2, 3, 1).numpy() * 110 - lab[..., 1:]).mean() < 0.5
+    torch.manual_seed(0)
+    crops = photos.batch(photos.val[[0, 0]], "cpu", crop=True)
+    assert not torch.equal(crops[0][0], crops[0][1]) and crops[1].shape == (2, 2, 32, 32)
     assert L.abs().max() <= 1 and ab.abs().max() <= 1
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.utils import save_image
 
-from data import Photos, UsageError, denormalize, lab_to_rgb, live, replacing, to_lab_batch
+from data import Photos, UsageError, denormalize, lab_to_rgb, live, replacing
 from models import PatchCritic, UNet, load_checkpoint, load_generator, pick_device
 
 TERMS = ("l1", "adversarial", "wasserstein", "penalty")  # logged; pre-training has the first alone
@@ -168,19 +168,17 @@ def train_epoch(run, photos, epoch):
     """
     args, size = run.args, run.args.batch_size
     train_step = pretrain_step if epoch < args.pretrain_epochs else adversarial_step
-    order, noise = (int(np.random.SeedSequence([args.seed, epoch, part]).generate_state(1)[0])
-                    for part in (0, 1 + run.rank))
-    shuffle = torch.randperm(len(photos.train), generator=torch.Generator().manual_seed(order))
-    rows = photos.train[shuffle].to(photos.images.device)
-    torch.manual_seed(noise)  # of flips and mixes: another one on each process
+    rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
+    rows = photos.train[rng.permutation(len(photos.train))]
+    torch.manual_seed(int(rng.integers(2**32)) + run.rank)  # crops and mixes: their own on each
 
     run.generator.train()
     steps, terms, start = len(rows) // size, [], time.perf_counter()
     for i in range(steps):
         for optimizer in (run.optimizer_g, run.optimizer_c):
-            optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + i / steps)
+            optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (i + 0.5) / steps)
         batch = rows[i * size : (i + 1) * size][run.rank :: run.processes]
-        L, ab = to_lab_batch(photos.images[batch].to(run.device, non_blocking=True), flip=True)
+        L, ab = photos.batch(batch, run.device, crop=True)
         terms.append(torch.stack(train_step(run, L, ab)).detach())  # no step waits for the device
         update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
         if run.rank == 0:
@@ -233,7 +231,8 @@ def evaluate(predict, photos, rows, device, ssim=False):
     A picture identical to the real one counts as 100 dB, just above what one level off makes.
     """
     metrics = []
-    for L, ab in photos.batches(rows, 64, device):
+    for chunk in rows.split(64):
+        L, ab = photos.batch(chunk, device)
         fakes, reals = to_uint8(L, predict(L, ab)), to_uint8(L, ab)
         for fake, real, colour in zip(fakes.numpy(), reals.numpy(), colourfulness(fakes).tolist()):
             with np.errstate(divide="ignore"):
@@ -251,7 +250,8 @@ def print_table(path, data, device):
     if photos.test_digest != info["test_digest"]:
         print("warning: these are not the images that the checkpoint was trained on: its training "
               "images may be among the ones tested here")
-    total = sum(ab.mean((2, 3)).sum(0) for _, ab in photos.batches(photos.train, 64, device))
+    total = sum(photos.batch(chunk, device)[1].mean((2, 3)).sum(0)
+                for chunk in photos.train.split(64))
     mean_ab = (total / len(photos.train))[None, :, None, None]
     predictors = {
         "no colour": lambda L, ab: torch.zeros_like(ab),
@@ -353,7 +353,7 @@ def save(path, checkpoint):
 
 def save_picture(run, photos):
     """Draw OUT/epoch-NNNN.png: grey, colorized and real rows of the first eight of the val part."""
-    L, ab = next(photos.batches(photos.val[:8], 8, run.device))
+    L, ab = photos.batch(photos.val[:8], run.device)
     with torch.no_grad():
         rows = [to_uint8(L, x) for x in (torch.zeros_like(ab), run.ema(L), ab)]
     with replacing(run.args.out / f"epoch-{run.epoch:04}.png") as part:
