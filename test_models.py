@@ -552,6 +552,20 @@ def test_g_pt_is_plain_and_rebuilds_the_ema():
     assert torch.allclose(generator(L), ema.eval()(L), atol=5e-3)  # float16 has 11 bits
 
 
+@pytest.mark.parametrize("pretrain", ["0", "1"])
+def test_init_starts_both_phases_from_another_generator(pretrain, capsys):
+    train.main([*TINY, "--pretrain-epochs", "1", "--epochs", "0", "--out", "first"])
+    command = "--data demo --size 48 --width 4 --device cpu --init first/g.pt".split()
+    still = ["--pretrain-epochs", pretrain, "--epochs", str(1 - int(pretrain)),
+             "--pretrain-lr", "0", "--lr", "0"]
+    assert train.main([*command, *still]) == 0  # at another size; with no step, the same weights
+    states = [torch.load(f"{out}/g.pt", weights_only=True)["generator"] for out in ("first", "runs")]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0] if n.endswith("weight"))
+    assert train.main([*command, "--width", "8", "--out", "wide"]) == 2
+    assert "--width 8: the generator in --init first/g.pt has --width 4" in capsys.readouterr().err
+    assert train.main([*command, *still, "--resume", "--init", "gone.pt"]) == 0  # no longer read
+
+
 class Code:
     """Unpickling this would leave a file behind."""
     def __reduce__(self):
@@ -994,6 +1008,7 @@ def test_mutated_files_are_colorized_or_named(ckpt, capsys):
 --data empty | --data
 --data demo --out file.txt/x | --out
 --eval missing.pt | --eval
+--data demo --init missing.pt | --init
 --eval file.txt | --eval
 --data demo --resume --out broken | --resume
 --frobnicate | --frobnicate

@@ -27,7 +27,7 @@ from data import Photos, UsageError, denormalize, lab_to_rgb, live, replacing
 from models import PatchCritic, UNet, load_checkpoint, load_generator, pick_device
 
 TERMS = ("l1", "adversarial", "wasserstein", "penalty")  # logged; pre-training has the first alone
-MAY_DIFFER = {"data", "device", "epochs", "eval", "out", "resume", "sample_every"}  # on resume
+MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,6 +320,14 @@ class Run:
             "log": self.log,
         })
 
+    def start_from(self, generator, info):
+        """Begin with another run's generator. Raises UsageError where its width is not --width."""
+        if info["width"] != self.args.width:
+            raise UsageError(f"--width {self.args.width}: the generator in --init "
+                             f"{self.args.init} has --width {info['width']}")
+        for network in (self.generator, self.ema):
+            network.load_state_dict(generator.state_dict())
+
     def load(self, checkpoint, photos):
         """Go on from last.pt. Raises UsageError where an option or the data differ."""
         for name, value in self.options().items():
@@ -427,6 +435,8 @@ def parse_args(argv=None):
         help="epochs between pictures in OUT")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="OUT",
         help="folder for g.pt, last.pt, log.csv and pictures")
+    parser.add_argument("--init", type=Path, metavar="CKPT",
+        help="start from this g.pt, of the same width, at any size and with any photographs")
     parser.add_argument("--resume", action="store_true",
         help="go on from OUT/last.pt where there is one")
     parser.add_argument("--eval", type=Path, metavar="CKPT",
@@ -497,6 +507,8 @@ def train(args):
     run = Run(args, device, rank, processes)
     if checkpoint:
         run.load(checkpoint, photos)
+    elif args.init:
+        run.start_from(*load_generator(args.init, device, flag="--init"))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
