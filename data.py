@@ -1,34 +1,39 @@
-"""Photographs in, batches of L*a*b* out: colour conversion, decoding, caching and splitting.
+"""Photographs in, batches of L*a*b* out: colour conversion, reading, caching, splitting, cropping.
 
-    python -c "from data import Photos; print(len(Photos('demo', size=64, seed=0).images))"
+    python -c "from data import Photos; print(Photos('demo', size=64, seed=0).images.shape)"
 
 Colour follows CIE 15 with the sRGB primaries and transfer curve of IEC 61966-2-1 and the D65 white
 point of the 2 degree observer, in the constants of scikit-image, so that both agree.
 """
+import argparse
 import hashlib
+import io
 import os
+import re
+import signal
 import sys
-import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from skimage import data as skimage_data
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from torch.nn import functional as F
-from torchvision.datasets import Flowers102
 
 L_CENTER, AB_RANGE = 50.0, 110.0  # networks see L / 50 - 1 and ab / 110
-XYZ_FROM_RGB = (
-    (0.412453, 0.357580, 0.180423),
-    (0.212671, 0.715160, 0.072169),
-    (0.019334, 0.119193, 0.950227),
-)
-RGB_FROM_XYZ = np.linalg.inv(XYZ_FROM_RGB).tolist()
-WHITE = (0.95047, 1.0, 1.08883)  # D65, 2 degree observer
+XYZ_FROM_RGB = torch.tensor([
+    [0.412453, 0.357580, 0.180423],
+    [0.212671, 0.715160, 0.072169],
+    [0.019334, 0.119193, 0.950227],
+], dtype=torch.float64)
+RGB_FROM_XYZ = XYZ_FROM_RGB.inverse()
+WHITE = torch.tensor([0.95047, 1.0, 1.08883], dtype=torch.float64)  # D65, 2 degree observer
 CACHE = Path("cache")
+DEFAULT_DATA = "data"  # where Flowers102 is downloaded to
+MAX_PIXELS = 200_000_000  # of one picture
 
 
 class UsageError(Exception):
@@ -38,64 +43,47 @@ class UsageError(Exception):
 # ---------------------------------------------------------------------------------------------
 # Colour
 
-def _mix(matrix, image):
-    """Multiply the three channels of image (N, 3, H, W) by a 3 x 3 matrix.
-
-    Written as sums, not as a matrix product: that one loses digits under autocast and TF32.
-    """
-    x, y, z = image.unbind(1)
-    rows = [(row[0] * x).add_(y, alpha=row[1]).add_(z, alpha=row[2]) for row in matrix]
-    return torch.stack(rows, 1)
-
-
-def _above_below(x, threshold, curve, slope):
-    """curve(x) above the threshold, a straight line of that slope below.
-
-    The sum of two clamped pieces, in place on fresh copies: on a CPU twice as fast as torch.where,
-    and the curve never sees a number at which its gradient is NaN.
-    """
-    return curve(x.clamp_min(threshold)).add_(x.clamp_max(threshold).sub_(threshold), alpha=slope)
+def _multiply(matrix, image):
+    """The 3 x 3 matrix times every pixel of image (N, 3, H, W)."""
+    return (matrix.to(image) @ image.flatten(2)).view_as(image)
 
 
 def rgb_to_lab(rgb):
     """Convert sRGB to CIE L*a*b* (D65).
 
     rgb: (N, 3, H, W) float in [0, 1], gamma-encoded. Returns (N, 3, H, W): L in [0, 100], a in
-    [-87, 99], b in [-108, 95]. Differentiable.
+    [-87, 99], b in [-108, 95]. Differentiable: where a power is not taken, its argument is clamped,
+    since the gradient of torch.where is NaN where that of the unused branch is.
     """
-    linear = _above_below(rgb, 0.04045, lambda v: v.add_(0.055).div_(1.055).pow_(2.4), 1 / 12.92)
-    xyz = _mix([[w / white for w in row] for row, white in zip(XYZ_FROM_RGB, WHITE)], linear)
-    f = _above_below(xyz, 0.008856, lambda v: v.pow_(1 / 3), 7.787)
+    linear = torch.where(rgb > 0.04045, ((rgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4,
+                         rgb / 12.92)
+    xyz = _multiply(XYZ_FROM_RGB / WHITE[:, None], linear)
+    f = torch.where(xyz > 0.008856, xyz.clamp_min(0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = f.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
-def lab_to_linear(lab):
-    """Convert CIE L*a*b* (D65) to linear light: sRGB before its transfer curve, not clipped.
+def lab_to_rgb(lab, keep_lightness=False):
+    """Convert CIE L*a*b* (D65) to sRGB; the inverse of rgb_to_lab.
 
-    lab: (N, 3, H, W) float, L in [0, 100]. Returns (N, 3, H, W), in [0, 1] inside the gamut. A
-    negative Z becomes 0, as in scikit-image.
+    lab: (N, 3, H, W) float, L in [0, 100]. Returns (N, 3, H, W) in [0, 1]. Colours outside the
+    gamut are clipped in RGB, as scikit-image does, which changes their lightness; keep_lightness
+    mixes them, in linear light, with the grey of their own luminance until they are inside.
     """
     L, a, b = lab.unbind(1)
     y = (L + 16) / 116
-    f = torch.stack([a / 500 + y, y, (y - b / 200).clamp_min(0)], 1)
-    xyz = _above_below(f, 0.2068966, lambda v: v.pow_(3), 1 / 7.787)
-    return _mix([[w * white for w, white in zip(row, WHITE)] for row in RGB_FROM_XYZ], xyz)
-
-
-def linear_to_rgb(linear):
-    """Apply the transfer curve of sRGB and clip to [0, 1]; (N, 3, H, W) to (N, 3, H, W)."""
-    rgb = _above_below(linear, 0.0031308, lambda v: v.pow_(1 / 2.4).mul_(1.055).sub_(0.055), 12.92)
+    f = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], 1)  # no negative Z, as there
+    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
+    linear = _multiply(RGB_FROM_XYZ * WHITE, xyz)
+    if keep_lightness:
+        grey = xyz[:, 1:2].clamp(0, 1)  # Y is the luminance, and the same along this line
+        offset = linear - grey
+        above = (1 - grey) / offset.amax(1, keepdim=True).clamp_min(1e-8)
+        below = grey / (-offset).amax(1, keepdim=True).clamp_min(1e-8)
+        linear = grey + offset * torch.minimum(above, below).clamp_max(1)
+    rgb = torch.where(linear > 0.0031308,
+                      1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear)
     return rgb.clamp(0, 1)
-
-
-def lab_to_rgb(lab):
-    """Convert CIE L*a*b* (D65) to sRGB; the inverse of rgb_to_lab.
-
-    lab: (N, 3, H, W) float, L in [0, 100]. Returns (N, 3, H, W) in [0, 1]; colours outside the
-    gamut are clipped in RGB, as scikit-image does.
-    """
-    return linear_to_rgb(lab_to_linear(lab))
 
 
 def normalize(lab):
@@ -109,120 +97,231 @@ def denormalize(L, ab):
 
 
 # ---------------------------------------------------------------------------------------------
-# Files
+# Reading pictures
 
-@contextmanager
-def replacing(path):
-    """Yield a temporary path beside path; rename it to path at the end, or remove it on failure.
+class Picture(NamedTuple):
+    """A picture as read: upright, in sRGB, 8 bits."""
+    image: Image.Image  # mode L, or RGB where it had channels for colour
+    alpha: Image.Image | None  # mode L
+    metadata: dict  # as Image.save takes it
 
-    Whoever reads path sees the old file or the new one, never half of one.
+
+def open_picture(file):
+    """Image.open with the limits of this project in place of Pillow's; nothing is decoded yet."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses pictures beyond twice that
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # its 1 MiB is too little for some profiles
+    return Image.open(file)
+
+
+def read_picture(file):
+    """Read any picture that Pillow opens; of several pages or frames the first.
+
+    file: a path or a binary file. Raises ValueError for a picture whose lightness Pillow does not
+    read right, and whatever Pillow raises for a broken file: that can be anything.
     """
-    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with open_picture(file) as image:
+        image.load()
+        with suppress(Exception):  # damaged EXIF: its orientation is lost, no more
+            ImageOps.exif_transpose(image, in_place=True)
+        metadata, alpha = read_metadata(image), None
+        if image.has_transparency_data:
+            bands = image if "A" in image.getbands() else image.convert("RGBA")
+            alpha = bands.getchannel("A")
+        info, image = image.info, to_8bit(image)
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.mode not in ("L", "RGB", "CMYK", "YCbCr", "LAB"):  # what colour management takes
+        image = image.convert(mode)
+    return Picture(to_srgb(image, info).convert(mode), alpha, metadata)
 
 
-def live(text):
-    """Redraw one line of progress on a terminal; elsewhere print nothing."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+def read_metadata(image):
+    """What a Pillow image has beside its pixels, as options of Image.save: EXIF, dpi, comments.
 
-
-def printable(text):
-    """Make text printable: bytes of file names that are not UTF-8 are escaped."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def find_images(folder):
-    """Paths, relative to folder and sorted, of the files below it with a suffix that Pillow reads.
-
-    Linked files count, linked folders are not entered.
+    Of EXIF without the orientation, since pictures are turned upright, and without a TIFF's tags
+    for the layout of its own file. What is damaged is left out.
     """
-    readable = {s for s, format in Image.registered_extensions().items() if format in Image.OPEN}
-    files = (Path(top, name) for top, _, names in os.walk(folder) for name in names)
-    found = (p for p in files if p.suffix.lower() in readable and p.is_file())
-    return sorted((p.relative_to(folder) for p in found), key=Path.as_posix)
+    metadata = {name: image.info[name] for name in ("dpi", "comment") if name in image.info}
+    base, texts = ExifTags.Base, PngImagePlugin.PngInfo()
+    with suppress(Exception):
+        exif = image.getexif()
+        for tag in set(exif) - {base.ImageDescription, base.Make, base.Model, base.Software,
+                                base.DateTime, base.Artist, base.Copyright, base.ExifOffset,
+                                base.GPSInfo}:
+            del exif[tag]
+        metadata["exif"] = exif.tobytes()
+    with suppress(Exception):
+        for name, text in getattr(image, "text", {}).items():  # a PNG's
+            if not name.startswith("XML:"):  # XMP repeats the orientation
+                texts.add_itxt(name, text)
+        metadata["pnginfo"] = texts
+    return metadata
 
 
 def to_8bit(image):
-    """Reduce a deep grey Pillow image to mode L; any other is returned as it is.
+    """Reduce a deep grey Pillow image (modes I;16, I, F) to mode L; any other stays as it is.
 
-    16 bits (I;16, either byte order) map 65535 to 255; 32-bit integers and floats (I, F) map their
-    own finite range to 0..255. Image.convert would saturate all of these at 255.
+    16 bits map 65535 to 255, 32-bit integers and floats their own finite range to 0..255;
+    Image.convert would saturate all of them at 255. Raises ValueError where Pillow hands over
+    values that do not tell their scale.
     """
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        return Image.fromarray((values // 257 + (values % 257 > 128)).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        values = np.asarray(image, np.float32)
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: PhotometricInterpretation, BitsPerSample
+    if tags.get(262) == 0 or tags.get(258, (16,))[0] not in (16, 32):
+        raise ValueError("a TIFF with white as 0, or not of 8, 16 or 32 bits; save it as PNG")
+    values = np.asarray(image).astype(np.float64 if image.mode in ("I", "F") else np.float32)
+    low, high = 0, 65535
+    if image.mode in ("I", "F") and image.format != "PPM":  # Pillow scales PPM's to 16 bits
         finite = values[np.isfinite(values)]
-        if not finite.size:
-            raise ValueError("no finite value")
-        low, high = finite.min(), finite.max()
-        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-        scaled = (values - low) * (255 / ((high - low) or 1))
-        return Image.fromarray(scaled.round().astype(np.uint8))
-    return image
+        low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+        if low == high or low < 0 and image.mode == "I" and tags.get(339, (1,))[0] == 1:
+            raise ValueError("32-bit lightness of one value alone, or unsigned beyond 2^31")
+        values = np.nan_to_num(values, nan=low).clip(low, high)
+    return Image.fromarray(((values - low) * (255 / (high - low))).round().astype(np.uint8))
+
+
+def to_srgb(image, info):
+    """Convert a Pillow image to sRGB, from its ICC profile or a PNG's gamma.
+
+    A profile that cannot be read, or is of another kind than the picture, is ignored.
+    """
+    profile, gamma = info.get("icc_profile"), info.get("gamma")
+    if gamma and not profile and "srgb" not in info:  # light = value ** (1 / gamma)
+        curve = [round(255 * (value / 255) ** (1 / (2.2 * gamma))) for value in range(256)]
+        return image.point(curve * len(image.getbands()))
+    if image.mode != "LAB" and not profile:
+        return image
+    try:
+        source = (ImageCms.createProfile("LAB") if image.mode == "LAB"
+                  else ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+@contextmanager
+def replacing(path, tag=""):
+    """Yield a temporary path beside path; rename it to path at the end, or remove it on failure.
+
+    Whoever reads path sees the old file or the new one, never half of one. The temporary name
+    follows from path (and tag), so that the next write replaces what a killed one left. Folders
+    are made. Raises OSError that names path.
+    """
+    part = path.with_name(f".{_digest(path.name)}{tag}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}: {reason}; is there room, may you write there?") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _digest(values):
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def find_images(folder):
+    """Look for pictures below folder, by suffix. Hidden files and linked folders are passed over.
+
+    Returns the paths of pictures, relative to folder and sorted; the number of other files by
+    suffix; and the errors of sub-folders that cannot be read.
+    """
+    readable = {s for s, format in Image.registered_extensions().items()
+                if format in Image.OPEN or format == "MPO"}  # which the JPEG reader opens
+    names, others, errors = [], Counter(), []
+    for top, folders, files in os.walk(folder, onerror=errors.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(top, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() not in readable:
+                others[path.suffix.lower() or "no suffix"] += 1
+            elif os.path.isfile(path) or not os.path.exists(path):  # no pipe, and what cannot be
+                names.append(path.relative_to(folder))              # reached fails by its name
+    return sorted(names, key=Path.as_posix), others, errors
+
+
+def fingerprint(path):
+    """What tells a file from another without reading all of it: size, time, and 3 x 4 KB."""
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        blocks = []
+        for start in (0, stat.st_size // 2, max(0, stat.st_size - 4096)):
+            file.seek(start)
+            blocks.append(file.read(4096))
+    return stat.st_size, stat.st_mtime_ns, hashlib.sha256(b"".join(blocks)).hexdigest()
 
 
 def decode(path, size):
-    """Read a picture as RGB squashed to (size, size, 3) uint8: upright, bicubic, antialiased."""
-    with Image.open(path) as image:
-        rgb = to_8bit(ImageOps.exif_transpose(image)).convert("RGB")
-        return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC))
+    """A picture squashed to (size, size, 3) uint8 RGB, bicubic, antialiased; black if unreadable.
+
+    Raises OSError where the file cannot be read at all: that may pass, and is not to be cached.
+    """
+    blob = path.read_bytes()
+    try:
+        image = read_picture(io.BytesIO(blob)).image.convert("RGB")
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    except MemoryError:
+        raise
+    except Exception:  # a broken file can raise anything
+        return np.zeros((size, size, 3), np.uint8)
 
 
 def download(folder):
     """Download Flowers102 into folder; a download cut short stays in folder.part."""
+    from torchvision.datasets import Flowers102  # here: sample.py need not wait for it
     part = Path(f"{folder}.part")
-    print(f"'{folder}' does not exist: downloading Oxford Flowers 102 (345 MB) into it")
+    say(f"'{folder}' does not exist: downloading Oxford Flowers 102 (345 MB) into it")
     try:
         Flowers102(part, download=True)
+        part.rename(folder)
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"--data {folder}: cannot download {Flowers102._download_url_prefix}102flowers.tgz "
             f"({error}): unpack that archive in '{folder}' by hand, name a folder of images, or "
             "use --data demo, which needs no network"
         ) from error
-    part.rename(folder)
 
 
 def decode_folder(folder, size):
     """All images below folder, decoded once and cached.
 
     Returns names and images (N, size, size, 3) uint8, memory-mapped. The row of a file that could
-    not be read is black.
+    not be decoded is black.
     """
-    if not folder.exists():
+    if folder == Path(DEFAULT_DATA) and not folder.exists():
         download(folder)
     if not folder.is_dir():
-        raise UsageError(f"--data {folder}: not a folder of images")
-    paths = find_images(folder)
-    stats = [(folder / p).stat() for p in paths]
-    listing = [(p.as_posix(), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]
-    digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
-    cached = CACHE / f"{digest}-{size}.npy"
-    if paths and not cached.exists():
-        CACHE.mkdir(exist_ok=True)
-        with replacing(cached) as part, ThreadPoolExecutor(os.cpu_count()) as pool:
-            shape = (len(paths), size, size, 3)
-            images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-
-            def fill(row):
-                try:
-                    images[row] = decode(folder / paths[row], size)
-                except Exception:  # a broken file can raise anything; its row stays black
-                    images[row] = 0
-
-            for done, _ in enumerate(pool.map(fill, range(len(paths))), 1):
-                live(f"decoding {done}/{len(paths)} images")
-            images.flush()
-        print(f"{len(paths)} images decoded into {cached}")
+        raise UsageError(f"--data {folder}: no folder of images")
+    found, _, errors = find_images(folder)
+    names, prints = [], []
+    for name in found:
+        try:
+            prints.append(fingerprint(folder / name))
+            names.append(name.as_posix())
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        say(f"{len(errors)} files or folders cannot be read, and are left out: "
+            + some(f"{error.filename} ({error.strerror})" for error in errors))
+    cached = CACHE / f"{_digest(list(zip(names, prints)))}-{size}.rgb"
+    shape = (len(names), size, size, 3)
+    if not cached.exists() or cached.stat().st_size != np.prod(shape):
+        with replacing(cached, os.getpid()) as part, ThreadPoolExecutor(os.cpu_count()) as pool:
+            with open(part, "wb") as file:  # a full disk is an error; in a memory map, a crash
+                rows = pool.map(lambda name: decode(folder / name, size), names)
+                for done, row in enumerate(rows, 1):
+                    file.write(row)
+                    live(f"decoding {done}/{len(names)} images")
+        say(f"{len(names)} images decoded into {cached}")
     # Copy on write: torch wants writable memory, and the file must stay as it is.
-    return [p.as_posix() for p in paths], np.load(cached, mmap_mode="c") if paths else []
+    return names, np.memmap(cached, np.uint8, "c", shape=shape) if names else []
 
 
 def demo(size, crop=192, stride=32):
@@ -230,10 +329,10 @@ def demo(size, crop=192, stride=32):
 
     Returns names and images (N, size, size, 3) uint8, as decode_folder does.
     """
-    photos = {name: getattr(skimage_data, name)() for name in ("astronaut", "coffee", "chelsea")}
-    photos["motorcycle"] = skimage_data.stereo_motorcycle()[0]
+    from skimage import data as photos  # here: sample.py need not wait for it
     names, images = [], []
-    for name, photo in photos.items():
+    for name, photo in (("astronaut", photos.astronaut()), ("coffee", photos.coffee()),
+                        ("chelsea", photos.chelsea()), ("motorcycle", photos.stereo_motorcycle()[0])):
         for y in range(0, photo.shape[0] - crop + 1, stride):
             for x in range(0, photo.shape[1] - crop + 1, stride):
                 image = Image.fromarray(photo[y : y + crop, x : x + crop])
@@ -248,25 +347,27 @@ def demo(size, crop=192, stride=32):
 class Photos:
     """The photographs of --data, split 70 / 15 / 15 by a seed.
 
-    images: (N, S, S, 3) uint8 tensor, memory-mapped: it needs no memory of its own. S is 1.5 times
-    size, so that a random crop is never enlarged.
+    images: (N, S, S, 3) uint8 tensor, memory-mapped, or on a CUDA device where they take less than
+    a quarter of its free memory. S is 1.5 times size, so that a random crop is never enlarged.
     train, val, test: int64 tensors of rows. Identical images fall into the same part.
-    test_digest: of the file names of the test part; contents: of the pixels of all parts.
+    contents: a digest of all the pixels; test_means: the mean level of each test image, by which a
+    checkpoint knows its test part again, also after another decoder or at another size.
     Raises UsageError for fewer than ten readable images, or too many identical ones to split.
     """
 
-    def __init__(self, data, size, seed):
-        self.size, stored = size, size * 3 // 2
+    def __init__(self, data, size, seed, device="cpu"):
+        self.size, self.device, stored = size, torch.device(device), size * 3 // 2
         names, images = demo(stored) if data == "demo" else decode_folder(Path(data), stored)
-        bad = [name for name, image in zip(names, images) if not image.any()]
-        if bad:
-            shown = ", ".join(bad[:20]) + (" ..." if len(bad) > 20 else "")
-            print(printable(f"{len(bad)} of {len(names)} images left out, unreadable or all black: "
-                            f"{shown}"))
         good = [row for row, image in enumerate(images) if image.any()]
+        bad = sorted(set(range(len(names))) - set(good))
+        if bad:
+            say(f"{len(bad)} of {len(names)} images left out, broken or all black: "
+                + some(names[row] for row in bad))
+        grey = sum(np.ptp(images[row][::4, ::4].astype(int), 2).max() <= 8 for row in good)
+        if grey > len(good) / 10:
+            say(f"warning: {grey} of {len(good)} images are black and white: they teach grey")
         if len(good) < 10:
             raise UsageError(f"--data {data}: {len(good)} readable images, at least 10 are needed")
-        self.images = torch.from_numpy(images)
 
         # RandomState's stream is frozen by NumPy's policy: the same split on every machine.
         order = [good[i] for i in np.random.RandomState(seed).permutation(len(good))]
@@ -280,24 +381,25 @@ class Photos:
         if not all(parts):
             raise UsageError(f"--data {data}: too many identical images to split them in three")
         self.train, self.val, self.test = map(torch.tensor, parts)
-        self.test_digest = _digest(sorted(os.path.basename(names[row]) for row in parts[2]))
         self.contents = _digest([keys[row] for row in good])
+        self.test_means = [round(float(images[row].mean()), 1) for row in parts[2]]
+        self.images = torch.from_numpy(images)
+        if self.device.type == "cuda":
+            if self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] // 4:
+                self.images = self.images.to(self.device)
 
-    def batch(self, rows, device, crop=False):
-        """The images of these rows as networks see them: L (N, 1, size, size), ab (N, 2, size, size).
+    def batch(self, rows, crop=False):
+        """The images of these rows as networks see them, on the device.
 
         crop: of each image a random part, for training; otherwise the whole image.
+        Returns L (N, 1, size, size) and ab (N, 2, size, size).
         """
         images = self.images[rows.to(self.images.device)].permute(0, 3, 1, 2)
         if crop:
-            rgb = random_crops(images.to(device) / 255, self.size)
+            rgb = random_crops(images.to(self.device) / 255, self.size)
         else:  # where the images are: MPS had no antialiased bicubic before torch 2.8
-            rgb = resize(images / 255, self.size).to(device)
+            rgb = resize(images / 255, self.size).to(self.device)
         return normalize(rgb_to_lab(rgb))
-
-
-def _digest(values):
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def resize(rgb, size):
@@ -325,6 +427,84 @@ def random_crops(rgb, size, shortest=2 / 3, aspect=0.1):
     return F.grid_sample(rgb, grid, align_corners=False)
 
 
-def to_lab_batch(images):
-    """Turn (N, H, W, 3) uint8 into L (N, 1, H, W) and ab (N, 2, H, W) float32 in [-1, 1]."""
-    return normalize(rgb_to_lab(images.permute(0, 3, 1, 2) / 255))
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+def say(text, file=None):
+    """Print a line, in place of the live one."""
+    live("")
+    file = file or sys.stdout
+    print(printable(text, getattr(file, "encoding", None) or "utf-8"), file=file, flush=True)
+
+
+def printable(text, encoding):
+    """Escape what a terminal would act on (file names may hold it), or the encoding has not."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def live(text):
+    """Redraw one line of progress on a terminal; elsewhere print nothing."""
+    if sys.stderr and sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def some(texts, most=20):
+    """The first of the texts, for a line of names."""
+    texts = list(texts)
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """Options with their defaults in --help, below the module's own text; errors of one line."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=self.Help, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, high=sys.float_info.max):
+    """An argparse type: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            limit = f"from {low} to {high}" if high < sys.float_info.max else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
+    return parse
+
+
+def run_command(program, work, stopped=""):
+    """Run work(), a command line; a failure that its user can meet becomes one line.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does; stopped: what that is answered with. Returns the exit
+    status: that of work, or 0; 1 (failed), 2 (usage) or 130 (stopped).
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    try:
+        return work() or 0
+    except UsageError as error:
+        line, status = f"{program}: error: {error}", 2
+    except (OSError, FloatingPointError) as error:
+        line, status = f"{program}: error: {error}", 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(of|allocate) memory", str(error)):
+            raise
+        line, status = f"{program}: error: out of memory; lower --batch-size, --width or --size", 1
+    except KeyboardInterrupt:
+        line, status = f"stopped{stopped}", 130
+    with suppress(OSError):
+        say(line, sys.stderr)
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # a closed pipe or a full disk: Python would say it again
+        sys.stdout = open(os.devnull, "w")
+    return status

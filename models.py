@@ -5,8 +5,6 @@
 Ronneberger et al. 2015, U-Net (arXiv:1505.04597); Isola et al. 2018, pix2pix (arXiv:1611.07004);
 Gulrajani et al. 2017, Improved Training of Wasserstein GANs (arXiv:1704.00028).
 """
-import pickle
-
 import torch
 from torch import nn
 
@@ -47,7 +45,6 @@ class UNet(nn.Module):
     def __init__(self, width=64):
         super().__init__()
         w = width
-        self.width = width
         self.down1 = double_conv(1, w)
         self.down2 = double_conv(w, 2 * w)
         self.down3 = double_conv(2 * w, 4 * w)
@@ -117,39 +114,57 @@ def init_normal(module):
             nn.init.zeros_(module.bias)
 
 
-def load_checkpoint(path, flag, key):
-    """Read a checkpoint on the CPU without running code from it.
+def load_checkpoint(path, key):
+    """Read a checkpoint of train.py on the CPU, without running code from it.
 
-    path: the file; flag: the option that named it, for the message; key: what it must hold.
-    Raises UsageError where the file is missing, cut off, no checkpoint or of another kind.
+    key: what it must hold, "size" (g.pt) or "optimizer_g" (last.pt). Raises UsageError where
+    the file is missing, cut off, no checkpoint or of the other kind.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{flag} {path}: cut off, or no checkpoint; use a whole one, or train "
-                         "anew") from error
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file can raise anything
+        raise UsageError(f"{path}: cut off, or no checkpoint; use a whole one") from error
     if not isinstance(checkpoint, dict) or key not in checkpoint:
-        raise UsageError(f"{flag} {path}: a checkpoint of another kind, without '{key}'; --ckpt "
-                         "and --eval take train.py's g.pt, --resume its last.pt")
+        raise UsageError(f"{path}: a checkpoint of another kind; --ckpt, --eval and --init take "
+                         "train.py's g.pt, --resume its last.pt")
     return checkpoint
 
 
-def load_generator(path, device, flag="--ckpt"):
+def load_generator(path, device):
     """Rebuild the generator that train.py wrote to g.pt.
 
-    Returns the UNet, float32 in eval mode on device, and the checkpoint's other entries (size,
-    epoch, seed, metrics ...). Raises UsageError for a file that is no such checkpoint.
+    Returns the UNet, float32 in eval mode on device, and the checkpoint's other entries: size,
+    seed, epoch, options, test_means. Raises UsageError for a file that is no such checkpoint.
     """
-    checkpoint = load_checkpoint(path, flag, "test_digest")
+    checkpoint = load_checkpoint(path, "size")
     try:
-        generator = UNet(checkpoint["width"])
-        generator.load_state_dict(checkpoint.pop("generator"))
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise UsageError(f"{flag} {path}: its weights do not fit this version's UNet") from error
-    generator = generator.to(device, memory_format=torch.channels_last)
+        state = checkpoint.pop("generator")
+        with torch.device("meta"):  # shapes alone: a damaged width costs no memory
+            generator = UNet(state["down1.0.weight"].shape[0])
+        generator.load_state_dict(state, assign=True)
+        if not all(value.isfinite().all() for value in state.values()):
+            raise ValueError("weights that are not finite")
+        if not (32 <= checkpoint["size"] <= 1024 and 0 <= checkpoint["seed"] < 2**32):
+            raise ValueError("an impossible size or seed")
+        generator = to_device(generator.float(), device)
+    except Exception as error:
+        raise misfit(path, error) from error
     return generator.eval().requires_grad_(False), checkpoint
+
+
+def misfit(path, error):
+    """The UsageError for a checkpoint that is damaged, or was made by other code."""
+    reason = " ".join(str(error).split())[:150]
+    return UsageError(f"{path}: does not fit this code, or is damaged ({reason}); use the code that "
+                      "made it, or train anew with another --out")
+
+
+def to_device(network, device):
+    """Move a network; channels_last, the faster layout, except on MPS, where it has crashed."""
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return network.to(device, memory_format=layout)
 
 
 def pick_device(name):
@@ -161,6 +176,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("unknown")
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: not on this machine; try --device auto") from error

@@ -7,11 +7,16 @@
 Isola et al. 2018, pix2pix (arXiv:1611.07004): the patch critic, and L1 beside it. Gulrajani et al.
 2017, Improved Training of Wasserstein GANs (arXiv:1704.00028): the loss and its penalty.
 """
+import os
+import signal
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin: README, Speed
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C meanwhile: no traceback
 import argparse
 import copy
 import csv
 import math
-import os
 import sys
 import time
 from datetime import timedelta
@@ -20,14 +25,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import structural_similarity
 from torchvision.utils import save_image
 
-from data import Photos, UsageError, denormalize, lab_to_rgb, live, replacing
-from models import PatchCritic, UNet, load_checkpoint, load_generator, pick_device
+from data import (
+    DEFAULT_DATA, Parser, Photos, UsageError, denormalize, lab_to_rgb, live, number, replacing,
+    run_command, say,
+)
+from models import (
+    PatchCritic, UNet, load_checkpoint, load_generator, misfit, pick_device, to_device,
+)
 
-TERMS = ("l1", "adversarial", "wasserstein", "penalty")  # logged; pre-training has the first alone
-MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
+SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
+MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}  # resume
 
 
 # ---------------------------------------------------------------------------------------------
@@ -64,7 +74,8 @@ def gradient_penalty(critic, L, real_ab, fake_ab):
     L: (N, 1, H, W); real_ab, fake_ab: (N, 2, H, W). One random mix an image; the L2 norm is over
     the image's whole gradient. L is the condition, the same in both, so the line between a real and
     a colorized picture varies in ab alone, and the gradient is taken there.
-    In float32 also under autocast: the second-order gradient is too small for 16 bits.
+    Outside autocast: a second-order gradient loses too much in 16 bits. (On a GPU cuDNN computes
+    convolutions of float32 in TF32, of 10 bits, unless told otherwise.)
     """
     with torch.autocast(L.device.type, enabled=False):
         epsilon = torch.rand(len(L), 1, 1, 1, device=L.device)
@@ -121,7 +132,7 @@ def pretrain_step(run, L, ab):
     with run.autocast():
         l1 = (run.generator(L) - ab).abs().mean()
     step(run.generator, run.optimizer_g, l1, run.scaler)
-    return [l1]
+    return {"l1": l1.detach()}
 
 
 def adversarial_step(run, L, ab):
@@ -146,7 +157,8 @@ def adversarial_step(run, L, ab):
             objective = generator_loss(l1, fake_score, args.lambda_l1)
         step(run.generator, run.optimizer_g, objective, run.scaler)
     run.critic.requires_grad_(True)
-    return [l1, -fake_score.mean(), -loss, penalty]
+    terms = {"l1": l1, "adversarial": -fake_score.mean(), "wasserstein": -loss, "penalty": penalty}
+    return {name: term.detach() for name, term in terms.items()}
 
 
 def learning_rate(args, epoch):
@@ -161,97 +173,73 @@ def learning_rate(args, epoch):
     return args.pretrain_lr * min(done / 0.1, 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-def train_epoch(run, photos, epoch):
-    """Train through the training part once. Returns the terms, (steps, 1 or 4), and images/s.
-
-    All that is random follows from (seed, epoch), so a resumed run needs no generator's state.
-    """
-    args, size = run.args, run.args.batch_size
-    train_step = pretrain_step if epoch < args.pretrain_epochs else adversarial_step
-    rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
-    rows = photos.train[rng.permutation(len(photos.train))]
-    torch.manual_seed(int(rng.integers(2**32)) + run.rank)  # crops and mixes: their own on each
-
-    run.generator.train()
-    steps, terms, start = len(rows) // size, [], time.perf_counter()
-    for i in range(steps):
-        for optimizer in (run.optimizer_g, run.optimizer_c):
-            optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (i + 0.5) / steps)
-        batch = rows[i * size : (i + 1) * size][run.rank :: run.processes]
-        L, ab = photos.batch(batch, run.device, crop=True)
-        terms.append(torch.stack(train_step(run, L, ab)).detach())  # no step waits for the device
-        update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
-        if run.rank == 0:
-            rate = (i + 1) * size / (time.perf_counter() - start)
-            live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s")
-    terms = torch.stack(terms)
-    if dist.is_initialized():
-        dist.all_reduce(terms)
-        terms /= run.processes
-    terms = terms.cpu()  # waits for the device, once an epoch
-    return terms, steps * size / (time.perf_counter() - start)
-
-
-def check_finite(run, terms, epoch):
-    """Raise FloatingPointError, naming the step and the term, where training has diverged."""
-    remedy = "nothing of this epoch was saved; try a lower --lr or --pretrain-lr"
-    for i, name in (~terms.isfinite()).nonzero()[:1].tolist():
-        raise FloatingPointError(f"epoch {epoch + 1}, step {i + 1} of {len(terms)}: "
-                                 f"{TERMS[name]} is {terms[i, name]}; {remedy}")
-    for network in (run.generator, run.critic):  # the last step's update has had no loss yet
-        if not all(p.isfinite().all() for p in network.parameters()):
-            raise FloatingPointError(f"epoch {epoch + 1}, step {len(terms)} of {len(terms)}: "
-                                     f"weights of {type(network).__name__}; {remedy}")
-
-
 # ---------------------------------------------------------------------------------------------
 # Evaluation
 
 def to_uint8(L, ab):
-    """L and ab as networks see them, to (N, H, W, 3) uint8 RGB on the CPU."""
-    rgb = lab_to_rgb(denormalize(L, ab.float()))
-    return (rgb * 255).round().byte().permute(0, 2, 3, 1).cpu()
+    """L and ab as networks see them, to RGB (N, 3, H, W) uint8."""
+    return (lab_to_rgb(denormalize(L, ab.float())) * 255).round().byte()
 
 
 def colourfulness(images):
-    """Colourfulness of pictures (N, H, W, 3) uint8: Hasler and Suesstrunk 2003, section 5.
+    """Colourfulness of pictures (N, 3, H, W) uint8: Hasler and Suesstrunk 2003, section 5.
 
     Returns (N,): 0 is grey, 109 extremely colourful.
     """
-    r, g, b = images.float().flatten(1, 2).unbind(2)
+    r, g, b = images.float().flatten(2).unbind(1)
     rg, yb = r - g, (r + g) / 2 - b
     return torch.hypot(rg.std(1), yb.std(1)) + 0.3 * torch.hypot(rg.mean(1), yb.mean(1))
 
 
+def chunks(photos, rows):
+    """Rows in pieces that take as much memory as 64 images of 128 x 128."""
+    return rows.split(max(1, 64 * 128**2 // photos.size**2))
+
+
 @torch.no_grad()
-def evaluate(predict, photos, rows, device, ssim=False):
-    """Means over the images of PSNR (dB, 8-bit RGB), colourfulness and, if asked for, SSIM.
+def evaluate(predict, photos, rows, ssim=False):
+    """Figures of every image: PSNR (dB, 8-bit RGB), colourfulness and, if asked for, SSIM.
 
-    predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged.
-    A picture identical to the real one counts as 100 dB, just above what one level off makes.
+    predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged. Returns a
+    dict of tensors (N,). An image identical to the real one counts as 100 dB, just above what one
+    level off makes.
     """
-    metrics = []
-    for chunk in rows.split(64):
-        L, ab = photos.batch(chunk, device)
-        fakes, reals = to_uint8(L, predict(L, ab)), to_uint8(L, ab)
-        for fake, real, colour in zip(fakes.numpy(), reals.numpy(), colourfulness(fakes).tolist()):
-            with np.errstate(divide="ignore"):
-                psnr = min(100.0, peak_signal_noise_ratio(real, fake))
-            metrics.append((psnr, colour))
-            if ssim:
-                metrics[-1] += (structural_similarity(real, fake, channel_axis=2),)
-    return dict(zip(("psnr", "colourfulness", "ssim"), np.mean(metrics, 0).tolist()))
+    figures = []
+    for chunk in chunks(photos, rows):
+        L, ab = photos.batch(chunk)
+        fake, real = to_uint8(L, predict(L, ab)), to_uint8(L, ab)
+        error = (fake.float() - real.float()).square().mean((1, 2, 3))
+        figures.append({"psnr": (10 * torch.log10(255**2 / error)).clamp_max(100),
+                        "colourfulness": colourfulness(fake)})
+        if ssim:
+            pairs = zip(fake.cpu().numpy(), real.cpu().numpy())
+            figures[-1]["ssim"] = torch.tensor(
+                [structural_similarity(*pair, channel_axis=0) for pair in pairs])
+    return {name: torch.cat([part[name] for part in figures]).cpu() for name in figures[0]}
 
 
-def print_table(path, data, device):
-    """Evaluate the generator in path on the test part of the split that it was trained with."""
-    generator, info = load_generator(path, device, flag="--eval")
-    photos = Photos(data, info["size"], info["seed"])
-    if photos.test_digest != info["test_digest"]:
-        print("warning: these are not the images that the checkpoint was trained on: its training "
-              "images may be among the ones tested here")
-    total = sum(photos.batch(chunk, device)[1].mean((2, 3)).sum(0)
-                for chunk in photos.train.split(64))
+@torch.no_grad()
+def save_picture(generator, photos, rows, path):
+    """Draw the images of these rows below each other: grey, colorized and real."""
+    L, ab = photos.batch(rows)
+    lines = [to_uint8(L, colour) for colour in (torch.zeros_like(ab), generator(L), ab)]
+    with replacing(path) as part:
+        save_image(torch.cat(lines) / 255, part, nrow=len(rows), format="png")
+
+
+def report(args, path, device, photos=None):
+    """Print the table of a generator on its test part; keep it, and eight pictures, in --out.
+
+    photos: what it was trained on, where that is at hand; otherwise read from --data.
+    """
+    generator, info = load_generator(path, device)
+    photos = photos or Photos(args.data, info["size"], info["seed"], device)
+    theirs, ours = torch.tensor(info.get("test_means", [])), torch.tensor(photos.test_means)
+    known = theirs.shape == ours.shape and (theirs - ours).abs().mean() < 2  # of 255
+    if not known:
+        say("warning: these are not the images that the checkpoint was made with: those it was "
+            "trained on may be among the ones tested here")
+    total = sum(photos.batch(chunk)[1].mean((2, 3)).sum(0) for chunk in chunks(photos, photos.train))
     mean_ab = (total / len(photos.train))[None, :, None, None]
     predictors = {
         "no colour": lambda L, ab: torch.zeros_like(ab),
@@ -260,186 +248,160 @@ def print_table(path, data, device):
         "real": lambda L, ab: ab,
     }
     title = f"{len(photos.test)} test images at {info['size']} x {info['size']}"
-    print(f"{title:34} PSNR dB   SSIM  colourfulness")
+    lines = [f"{path}: " + ", ".join(f"{name} {value}" for name, value in info["options"].items()),
+             f"{title:34} PSNR dB   SSIM  colourfulness  worse than no colour"]
     for name, predict in predictors.items():
-        means = evaluate(predict, photos, photos.test, device, ssim=True)
-        print("{:34} {psnr:7.2f}  {ssim:.3f}  {colourfulness:13.1f}".format(name, **means))
-    if data == "demo":
-        print("demo: the parts overlap, so these figures show that it learns, not how well")
+        figures = evaluate(predict, photos, photos.test, ssim=True)
+        grey = figures["psnr"] if name == "no colour" else grey
+        means = {key: values.mean().item() for key, values in figures.items()}
+        worse = (figures["psnr"] < grey).float().mean().item()
+        lines.append("{:34} {psnr:7.2f}  {ssim:.3f}  {colourfulness:13.1f}  {worse:20.0%}".format(
+            name, worse=worse, **means))
+    if args.data == "demo" and known:
+        lines.append("demo: the parts overlap, so these figures show that it learns, not how well")
+    for line in lines:
+        say(line)
+    with replacing(args.out / "test.txt") as part:
+        part.write_text("\n".join(lines) + "\n", errors="backslashreplace")
+    save_picture(generator, photos, photos.test[:8], args.out / "test.png")
 
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
 
 class Run:
-    """All that training changes, and where it runs: networks, optimizers, EMA, scaler, log."""
+    """All that training changes: networks, optimizers, moving average, scaler, epoch and log."""
 
     STATEFUL = ("generator", "critic", "ema", "optimizer_g", "optimizer_c", "scaler")
 
-    def __init__(self, args, device, rank=0, processes=1):
-        self.args, self.device, self.rank, self.processes = args, device, rank, processes
+    def __init__(self, args, device):
+        self.args, self.device = args, device
         torch.manual_seed(args.seed)
-        layout = dict(device=device, memory_format=torch.channels_last)
-        self.generator = UNet(args.width).to(**layout)
-        self.critic = PatchCritic(args.width).to(**layout)
+        self.generator = to_device(UNet(args.width), device)
+        self.critic = to_device(PatchCritic(args.width), device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        adam = dict(lr=args.lr, betas=(0.5, 0.9), fused=device.type == "cuda")
-        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **adam)
-        self.optimizer_c = torch.optim.Adam(self.critic.parameters(), **adam)
-        self.dtype = amp_dtype(args.amp, device)
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), betas=(0.5, 0.9))
+        self.optimizer_c = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9))
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.epoch, self.log = 0, []
-        if args.compile:
-            self.generator.compile()  # in place: the state's keys stay as they are
+        self.epoch, self.log, self.saved = 0, [], time.monotonic()
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def options(self):
         """The options that the result depends on, as plain types."""
-        options = {k: v for k, v in vars(self.args).items() if k not in MAY_DIFFER}
-        return options | {"processes": self.processes}
+        return {name: value for name, value in vars(self.args).items() if name not in MAY_DIFFER}
+
+    def start_from(self, path):
+        """Begin with the generator of another run's g.pt. Raises UsageError for another width."""
+        generator, info = load_generator(path, self.device)
+        width = generator.head.in_channels
+        if width != self.args.width:
+            raise UsageError(f"--width {self.args.width}: --init {path} has width {width}; take "
+                             "that")
+        for network in (self.generator, self.ema):
+            network.load_state_dict(generator.state_dict())
+
+    def set_learning_rate(self, rate):
+        for optimizer in (self.optimizer_g, self.optimizer_c):
+            optimizer.param_groups[0]["lr"] = rate
+
+    def check_finite(self, means, epoch):
+        """Raise FloatingPointError where the epoch's terms or the weights are not finite."""
+        weights = [*self.generator.parameters(), *self.critic.parameters()]
+        if not (all(map(math.isfinite, means.values())) and all(w.isfinite().all() for w in weights)):
+            raise FloatingPointError(f"epoch {epoch + 1} diverged ({means}); nothing of it was "
+                                     "saved; try a lower --lr or --pretrain-lr")
 
     def save(self, photos):
-        """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epoch."""
-        out, args = self.args.out, self.args
-        weights = {name: value.half() if value.is_floating_point() else value
-                   for name, value in self.ema.state_dict().items()}
-        save(out / "g.pt", {
-            "generator": weights, "width": args.width, "size": args.size, "seed": args.seed,
-            "epoch": self.epoch, "test_digest": photos.test_digest, "metrics": self.log[-1],
-            "options": self.options(),
-        })
+        """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epochs since."""
+        out, weights = self.args.out, {}
+        for name, value in self.ema.state_dict().items():
+            half = value.half() if value.is_floating_point() else value
+            weights[name] = half if half.isfinite().all() else value  # beyond 65504
+        with replacing(out / "g.pt") as part:
+            torch.save({"generator": weights, "size": self.args.size, "seed": self.args.seed,
+                        "epoch": self.epoch, "options": self.options(),
+                        "test_means": photos.test_means}, part)
         with replacing(out / "log.csv") as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.log[-1])
             writer.writeheader()
             writer.writerows(self.log)
         state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        save(out / "last.pt", state | {
-            "options": self.options(), "contents": photos.contents, "epoch": self.epoch,
-            "log": self.log,
-        })
+        with replacing(out / "last.pt") as part:
+            torch.save(state | {"options": self.options(), "contents": photos.contents,
+                                "epoch": self.epoch, "log": self.log}, part)
+        self.saved = time.monotonic()
 
-    def start_from(self, generator, info):
-        """Begin with another run's generator. Raises UsageError where its width is not --width."""
-        if info["width"] != self.args.width:
-            raise UsageError(f"--width {self.args.width}: the generator in --init "
-                             f"{self.args.init} has --width {info['width']}")
-        for network in (self.generator, self.ema):
-            network.load_state_dict(generator.state_dict())
+    def load(self, path):
+        """Go on from last.pt. Returns the digest of the images that it was trained on.
 
-    def load(self, checkpoint, photos):
-        """Go on from last.pt. Raises UsageError where an option or the data differ."""
-        for name, value in self.options().items():
-            saved = checkpoint["options"].get(name)
-            if value != saved:
-                flag = f"--{name.replace('_', '-')}"
-                flag = "torchrun --nproc-per-node" if name == "processes" else flag
-                raise UsageError(f"{flag} {value}: the run in {self.args.out} has {saved}; "
-                                 "resume with that, or start another --out")
-        if checkpoint["contents"] != photos.contents:
-            raise UsageError(f"--data {self.args.data}: not the images that the run in "
-                             f"{self.args.out} was trained on")
-        done, epochs = checkpoint["epoch"], self.args.epochs
-        if done > self.args.pretrain_epochs + epochs:
-            raise UsageError(f"--epochs {epochs}: the run in {self.args.out} has done "
-                             f"{done - self.args.pretrain_epochs}; ask for as many or more")
-        for name in self.STATEFUL:
-            getattr(self, name).load_state_dict(checkpoint[name])
-        self.epoch, self.log = checkpoint["epoch"], checkpoint["log"]
-
-
-def save(path, checkpoint):
-    """torch.save, whole or not at all. Raises OSError where that fails."""
-    try:
-        with replacing(path) as part:
-            torch.save(checkpoint, part)
-    except RuntimeError as error:  # how torch.save reports a full disk
-        reason = str(error).splitlines()[0]
-        raise OSError(f"cannot write {path}, is the disk full? {reason}") from error
-
-
-def save_picture(run, photos):
-    """Draw OUT/epoch-NNNN.png: grey, colorized and real rows of the first eight of the val part."""
-    L, ab = photos.batch(photos.val[:8], run.device)
-    with torch.no_grad():
-        rows = [to_uint8(L, x) for x in (torch.zeros_like(ab), run.ema(L), ab)]
-    with replacing(run.args.out / f"epoch-{run.epoch:04}.png") as part:
-        save_image(torch.cat(rows).permute(0, 3, 1, 2) / 255, part, nrow=len(L), format="png")
+        Raises UsageError where an option differs, or the networks of a changed models.py.
+        """
+        checkpoint = load_checkpoint(path, "optimizer_g")
+        try:
+            saved, contents = dict(checkpoint["options"]), checkpoint["contents"]
+            self.epoch, self.log = int(checkpoint["epoch"]), list(checkpoint["log"])
+            differing = [name for name, value in self.options().items() if saved[name] != value]
+            for name in self.STATEFUL if not differing else ():
+                getattr(self, name).load_state_dict(checkpoint[name])
+            for optimizer in (self.optimizer_g, self.optimizer_c):  # which does not look at shapes
+                if any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items()):
+                    raise ValueError("moments of another shape")
+        except Exception as error:
+            raise misfit(path, error) from error
+        for name in differing:
+            flag = "torchrun --nproc-per-node" if name == "processes" else f"--{name}"
+            raise UsageError(f"{flag.replace('_', '-')} {getattr(self.args, name)}: the run in "
+                             f"{path.parent} has {saved[name]}; resume with that, or start another "
+                             "--out")
+        done, epochs = self.epoch - self.args.pretrain_epochs, self.args.epochs
+        if done > epochs:
+            raise UsageError(f"--epochs {epochs}: the run in {path.parent} has done {done}; ask "
+                             "for as many or more")
+        return contents
 
 
 # ---------------------------------------------------------------------------------------------
-# Command line
-
-def amp_dtype(amp, device):
-    """The 16-bit type of --amp, or None for float32."""
-    if amp == "auto" and device.type == "cuda":  # a T4 emulates bfloat16, slowly
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            limit = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
-        return value
-    parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
-    return parse
-
+# Training
 
 def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(
-        description=" ".join(__doc__.split("\n\n")[:2]),
-        usage=argparse.SUPPRESS,  # so that an error is one line
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--data", default="data", metavar="DIR",
-        help="folder of images; where it does not exist Flowers102 is downloaded into it; "
-             "demo: crops of photographs that scikit-image ships")
-    parser.add_argument("--size", type=number(int, 32, 1024), default=128,
-        help="side of the training images in pixels, a multiple of 16")
-    parser.add_argument("--width", type=number(int, 1, 512), default=64,
+    parser = Parser(prog="train.py", usage="python train.py [options]", description=__doc__)
+    add = parser.add_argument
+    add("--data", default=DEFAULT_DATA, metavar="DIR", help="folder of images; where the default "
+        "does not exist, Flowers102 is downloaded into it; demo: crops of scikit-image's pictures")
+    add("--size", type=number(int, 32, 1024), default=128, help="side in pixels, times 16")
+    add("--width", type=number(int, 1, 512), default=64,
         help="channels of the first block of both networks (U-Net and PatchGAN: 64)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=32,
-        help="images a step, over all processes")
-    parser.add_argument("--pretrain-epochs", type=number(int, 0), default=20,
-        help="epochs of L1 alone")
-    parser.add_argument("--epochs", type=number(int, 0), default=110,
-        help="epochs of WGAN-GP after that")
-    parser.add_argument("--critic-steps", type=number(int, 1), default=1,
-        help="critic steps a batch (WGAN-GP: 5)")
-    parser.add_argument("--generator-steps", type=number(int, 1), default=2,
+    add("--batch-size", type=number(int, 1), default=32, help="images a step, over all processes")
+    add("--pretrain-epochs", type=number(int, 0), default=20, help="epochs of L1 alone")
+    add("--epochs", type=number(int, 0), default=110, help="epochs of WGAN-GP after that")
+    add("--critic-steps", type=number(int, 1), default=1, help="critic steps a batch (WGAN-GP: 5)")
+    add("--generator-steps", type=number(int, 1), default=2,
         help="generator steps a batch (WGAN-GP: 1)")
-    parser.add_argument("--lambda-l1", type=number(float, 0), default=100.0,
+    add("--lambda-l1", type=number(float, 0), default=100.0,
         help="weight of the L1 loss, of ab / 110 (pix2pix: 100)")
-    parser.add_argument("--lambda-gp", type=number(float, 0), default=10.0,
+    add("--lambda-gp", type=number(float, 0), default=10.0,
         help="weight of the gradient penalty (WGAN-GP: 10)")
-    parser.add_argument("--pretrain-lr", type=number(float, 0), default=1e-3,
-        help="highest learning rate of pre-training")
-    parser.add_argument("--lr", type=number(float, 0), default=1e-4,
-        help="learning rate of the adversarial phase (WGAN-GP: 1e-4)")
-    parser.add_argument("--ema", type=number(float, 0, 1), default=0.999,
+    add("--pretrain-lr", type=number(float, 0), default=1e-3,
+        help="highest learning rate of pre-training: a warm-up, then a half cosine to 0")
+    add("--lr", type=number(float, 0), default=1e-4,
+        help="learning rate of the adversarial phase, constant (WGAN-GP: 1e-4)")
+    add("--ema", type=number(float, 0, 1), default=0.999,
         help="decay, a batch, of the weights' moving average; 0 for none")
-    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
-    parser.add_argument("--compile", action="store_true",
-        help="compile the generator with torch.compile")
-    parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="of the split and of training")
-    parser.add_argument("--sample-every", type=number(int, 1), default=5, metavar="EPOCHS",
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the split and of training")
+    add("--sample-every", type=number(int, 1), default=5, metavar="EPOCHS",
         help="epochs between pictures in OUT")
-    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="OUT",
-        help="folder for g.pt, last.pt, log.csv and pictures")
-    parser.add_argument("--init", type=Path, metavar="CKPT",
+    add("--out", type=Path, default=Path("runs"), help="folder for everything that is written")
+    add("--init", type=Path, metavar="CKPT",
         help="start from this g.pt, of the same width, at any size and with any photographs")
-    parser.add_argument("--resume", action="store_true",
-        help="go on from OUT/last.pt where there is one")
-    parser.add_argument("--eval", type=Path, metavar="CKPT",
+    add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
+    add("--eval", type=Path, metavar="CKPT",
         help="evaluate this generator on the test part of --data, and train nothing")
     args = parser.parse_args(argv)
     if args.size % 16:
@@ -449,112 +411,177 @@ def parse_args(argv=None):
     return args
 
 
-def finish_epoch(run, photos, terms, rate, start):
-    """Evaluate, print a line, and write the epoch's files. On one process alone."""
-    args, seconds = run.args, lambda: time.perf_counter() - start
-    pretraining = run.epoch <= args.pretrain_epochs
-    row = {"epoch": run.epoch, "phase": "pretrain" if pretraining else "wgan-gp"}
-    means = dict(zip(TERMS, terms.mean(0).tolist()))
-    val = evaluate(lambda L, ab: run.ema(L), photos, photos.val, run.device)
-    row |= dict.fromkeys(TERMS) | means | {f"val_{name}": value for name, value in val.items()}
-    run.log.append(row | {"images_per_s": rate, "seconds": seconds()})
+# ---------------------------------------------------------------------------------------------
+# Training
 
-    total = args.pretrain_epochs + args.epochs
-    left = ((args.pretrain_epochs if pretraining else total) - run.epoch) * seconds() / 60
-    live("")
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    print(f"epoch {run.epoch}/{total} {row['phase']}  {losses}  val {val['psnr']:.2f} dB, "
-          f"colourfulness {val['colourfulness']:.1f}  {rate:.0f} images/s, "
-          f"{left:.0f} min left in this phase", flush=True)
-    if run.epoch % args.sample_every == 0 or run.epoch == total:
-        save_picture(run, photos)
-    run.save(photos)
+def start_processes(args):
+    """Join the processes of torchrun, if it started this one. Returns the device and the rank.
 
-
-def train(args):
-    """Train by the options and evaluate the result."""
-    # Setup: one device a process, and the processes in one group.
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+    Resolves --amp auto, since a run goes on with what it began with, and notes the number of
+    processes among the options.
+    """
+    launched = dist.is_torchelastic_launched()
+    if launched and args.device in ("auto", "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)
-    torch.backends.cudnn.benchmark = True
-    last = args.out / "last.pt"
-    if last.exists() and not args.resume:
-        raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another")
-    if args.resume and not last.exists() and rank == 0:
-        print(f"--resume: no {last}, starting afresh")
-    checkpoint = load_checkpoint(last, "--resume", "contents") if last.exists() else None
-    if args.batch_size % processes:
-        raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {processes} processes")
-    if processes > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # long enough to decode
+    cuda = device.type == "cuda"
+    if args.amp == "auto":  # a T4 emulates bfloat16, slowly
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
+    args.processes = 1
+    if launched:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # to decode
+                                device_id=device if cuda else None)
+        args.processes = dist.get_world_size()
+    return device, dist.get_rank() if launched else 0
 
-    # Data: the first process decodes, then all read the cache.
-    if processes > 1 and rank > 0:
+
+def check_options(args):
+    """Raise UsageError for options that do not go together."""
+    if (args.out / "log.csv").exists() and not args.resume:
+        raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another")
+    if args.data != "demo" and args.out.resolve().is_relative_to(Path(args.data).resolve()):
+        raise UsageError(f"--out {args.out}: lies in --data {args.data}, where its pictures would "
+                         "be taken for photographs; name another")
+    if args.batch_size % args.processes:
+        raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {args.processes} "
+                         "processes")
+
+
+def load_photos(args, device, epoch):
+    """The photographs. The first process of each machine decodes, then the others read its cache.
+
+    Raises UsageError where the processes do not see the same images, or not the same last.pt.
+    """
+    first = args.processes == 1 or os.environ["LOCAL_RANK"] == "0"
+    if not first:
         dist.barrier()
-    photos = Photos(args.data, args.size, args.seed)
-    if processes > 1 and rank == 0:
-        dist.barrier()
+    photos = Photos(args.data, args.size, args.seed, device)
+    if args.processes > 1:
+        if first:
+            dist.barrier()
+        seen = [None] * args.processes
+        dist.all_gather_object(seen, (photos.contents, epoch))
+        if len(set(seen)) > 1:
+            raise UsageError(f"--data {args.data}, --out {args.out}: not the same images, or not "
+                             "the same last.pt, on all machines")
     if args.batch_size > len(photos.train):
         raise UsageError(f"--batch-size {args.batch_size}: more than the {len(photos.train)} "
                          "training images")
-    if device.type == "cuda" and photos.images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
-        photos.images = photos.images.to(device)
+    return photos
 
-    # Networks
-    run = Run(args, device, rank, processes)
-    if checkpoint:
-        run.load(checkpoint, photos)
-    elif args.init:
-        run.start_from(*load_generator(args.init, device, flag="--init"))
+
+def open_out(args, photos):
+    """Take --out for this run: log.csv, made exclusively, is the mark. Print what begins."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        open(args.out / "log.csv", "a" if args.resume else "x").close()
     except OSError as error:
-        raise UsageError(f"--out {args.out}: {error.strerror}; name another folder") from error
-    if rank == 0:
-        print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-        print(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} "
-              f"test images, on {device}", flush=True)
+        raise UsageError(f"--out {args.out}: {error.strerror} ({error.filename}); go on with "
+                         "--resume, or name another folder") from error
+    if args.resume and not (args.out / "last.pt").exists():
+        say(f"--resume: no {args.out / 'last.pt'}, starting afresh")
+    say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
+    say(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} test "
+        f"images, on {photos.device}")
 
-    # Loop
+
+def average_terms(history):
+    """Means over the steps of an epoch, and over the processes; waits for the device."""
+    means = {name: torch.stack([terms[name] for terms in history]).mean() for name in history[0]}
+    if dist.is_initialized():
+        for mean in means.values():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+    return {name: mean.item() for name, mean in means.items()}
+
+
+def finish_epoch(run, photos, means, start):
+    """Evaluate, log, print a line, draw and save. On one process alone."""
+    args, total = run.args, run.args.pretrain_epochs + run.args.epochs
+    images = len(photos.train) // args.batch_size * args.batch_size
+    rate = images / (time.perf_counter() - start)
+    figures = evaluate(lambda L, ab: run.ema(L), photos, photos.val)
+    val = {f"val_{name}": values.mean().item() for name, values in figures.items()}
+    seconds = time.perf_counter() - start
+    phase = "pretrain" if run.epoch <= args.pretrain_epochs else "wgan-gp"
+    terms = dict.fromkeys(("l1", "adversarial", "wasserstein", "penalty")) | means
+    run.log.append({"epoch": run.epoch, "phase": phase} | terms | val
+                   | {"images_per_s": rate, "seconds": seconds})
+
+    # A batch of WGAN-GP takes about as long as so many steps of L1.
+    cost = [1] * args.pretrain_epochs + [args.critic_steps + args.generator_steps] * args.epochs
+    left = sum(cost[run.epoch:]) / cost[run.epoch - 1] * seconds / 60
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    say(f"epoch {run.epoch}/{total} {phase}  {losses}  val {val['val_psnr']:.2f} dB, colourfulness "
+        f"{val['val_colourfulness']:.1f}  {rate:.0f} images/s, {left:.0f} min left")
+    if run.epoch % args.sample_every == 0 or run.epoch == total:
+        save_picture(run.ema, photos, photos.val[:8], args.out / f"epoch-{run.epoch:04}.png")
+    if run.epoch == total or time.monotonic() - run.saved >= SAVE_SECONDS:
+        run.save(photos)
+
+
+def train(args):
+    """Train by the options, and report on the result."""
+    # Setup
+    device, rank = start_processes(args)
+    check_options(args)
+    torch.backends.cudnn.benchmark = True
+    run, last, contents = Run(args, device), args.out / "last.pt", None
+    if last.exists():
+        contents = run.load(last)
+    elif args.init:
+        run.start_from(args.init)
+
+    # Data
+    photos = load_photos(args, device, run.epoch)
+    if contents not in (None, photos.contents):
+        raise UsageError(f"--data {args.data}: not the images that the run in {args.out} was "
+                         "trained on")
+    if rank == 0:
+        open_out(args, photos)
+
+    # Loop. All that is random follows from (seed, epoch): a resumed run needs no generator's state.
+    size, steps = args.batch_size, len(photos.train) // args.batch_size
     for epoch in range(run.epoch, args.pretrain_epochs + args.epochs):
-        start = time.perf_counter()
-        terms, rate = train_epoch(run, photos, epoch)
-        check_finite(run, terms, epoch)
+        rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
+        rows = photos.train[rng.permutation(len(photos.train))]
+        torch.manual_seed(int(rng.integers(2**32)) + rank)  # crops and mixes: their own on each
+        run.generator.train()
+        history, start = [], time.perf_counter()
+        for i in range(steps):
+            run.set_learning_rate(learning_rate(args, epoch + (i + 0.5) / steps))
+            L, ab = photos.batch(rows[i * size : (i + 1) * size][rank :: args.processes], crop=True)
+            if epoch < args.pretrain_epochs:
+                terms = pretrain_step(run, L, ab)
+            else:
+                terms = adversarial_step(run, L, ab)
+            history.append(terms)  # on the device: no step waits for it
+            update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
+            if rank == 0:
+                rate = (i + 1) * size / (time.perf_counter() - start)
+                live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s, "
+                     f"{(steps - i - 1) * size / rate:.0f} s left in it")
+        means = average_terms(history)
+        run.check_finite(means, epoch)
         run.epoch = epoch + 1
         if rank == 0:
-            finish_epoch(run, photos, terms, rate, start)
-    if processes > 1:
+            finish_epoch(run, photos, means, start)
+    if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
-        print_table(args.out / "g.pt", args.data, device)
+        report(args, args.out / "g.pt", device, photos)
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status: 0, 1 (failed), 2 (usage) or 130 (Ctrl-C)."""
+    """Run the command line. Returns the exit status: 0, 1 (failed), 2 (usage) or 130 (stopped)."""
     args = parse_args(argv)
-    try:
-        if args.eval:
-            print_table(args.eval, args.data, pick_device(args.device))
-        else:
-            train(args)
-    except UsageError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, FloatingPointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError:
-        print(f"train.py: error: --batch-size {args.batch_size}: out of memory; lower it, --width "
-              "or --size", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        remedy = "" if args.eval else f"; --resume goes on from the last whole epoch in {args.out}"
-        print(f"\nstopped{remedy}", file=sys.stderr)
-        return 130
-    return 0
+    if args.eval:
+        return run_command("train.py", lambda: report(args, args.eval, pick_device(args.device)))
+    return run_command("train.py", lambda: train(args),
+                       stopped=f"; --resume goes on from the last save in {args.out}")
 
 
 if __name__ == "__main__":
