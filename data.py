@@ -120,6 +120,9 @@ def read_picture(file):
     read right, and whatever Pillow raises for a broken file: that can be anything.
     """
     with open_picture(file) as image:
+        if (image.format == "PNG" and "transparency" in image.info
+                and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B")):
+            raise ValueError("a colour key of other than 8 bits; save it with alpha")
         image.load()
         with suppress(Exception):  # damaged EXIF: its orientation is lost, no more
             ImageOps.exif_transpose(image, in_place=True)
@@ -312,7 +315,7 @@ def decode_folder(folder, size):
             + some(f"{error.filename} ({error.strerror})" for error in errors))
     cached = CACHE / f"{_digest(list(zip(names, prints)))}-{size}.rgb"
     shape = (len(names), size, size, 3)
-    if not cached.exists() or cached.stat().st_size != np.prod(shape):
+    if names and not (cached.exists() and cached.stat().st_size == np.prod(shape)):
         with replacing(cached, os.getpid()) as part, ThreadPoolExecutor(os.cpu_count()) as pool:
             with open(part, "wb") as file:  # a full disk is an error; in a memory map, a crash
                 rows = pool.map(lambda name: decode(folder / name, size), names)

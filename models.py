@@ -5,6 +5,8 @@
 Ronneberger et al. 2015, U-Net (arXiv:1505.04597); Isola et al. 2018, pix2pix (arXiv:1611.07004);
 Gulrajani et al. 2017, Improved Training of Wasserstein GANs (arXiv:1704.00028).
 """
+import warnings
+
 import torch
 from torch import nn
 
@@ -121,7 +123,9 @@ def load_checkpoint(path, key):
     the file is missing, cut off, no checkpoint or of the other kind.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on damaged files
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can raise anything
@@ -135,23 +139,26 @@ def load_checkpoint(path, key):
 def load_generator(path, device):
     """Rebuild the generator that train.py wrote to g.pt.
 
-    Returns the UNet, float32 in eval mode on device, and the checkpoint's other entries: size,
+    Returns the UNet, float32 in eval mode on device, and a dict of what else is known of it: size,
     seed, epoch, options, test_means. Raises UsageError for a file that is no such checkpoint.
     """
     checkpoint = load_checkpoint(path, "size")
     try:
-        state = checkpoint.pop("generator")
+        state = checkpoint["generator"]
         with torch.device("meta"):  # shapes alone: a damaged width costs no memory
             generator = UNet(state["down1.0.weight"].shape[0])
         generator.load_state_dict(state, assign=True)
         if not all(value.isfinite().all() for value in state.values()):
             raise ValueError("weights that are not finite")
-        if not (32 <= checkpoint["size"] <= 1024 and 0 <= checkpoint["seed"] < 2**32):
+        info = {name: int(checkpoint[name]) for name in ("size", "seed", "epoch")}
+        if not (32 <= info["size"] <= 1024 and 0 <= info["seed"] < 2**32):
             raise ValueError("an impossible size or seed")
+        info |= {"options": dict(checkpoint["options"]),
+                 "test_means": torch.tensor(checkpoint.get("test_means", []))}
         generator = to_device(generator.float(), device)
     except Exception as error:
         raise misfit(path, error) from error
-    return generator.eval().requires_grad_(False), checkpoint
+    return generator.eval().requires_grad_(False), info
 
 
 def misfit(path, error):

@@ -234,7 +234,7 @@ def report(args, path, device, photos=None):
     """
     generator, info = load_generator(path, device)
     photos = photos or Photos(args.data, info["size"], info["seed"], device)
-    theirs, ours = torch.tensor(info.get("test_means", [])), torch.tensor(photos.test_means)
+    theirs, ours = info["test_means"], torch.tensor(photos.test_means)
     known = theirs.shape == ours.shape and (theirs - ours).abs().mean() < 2  # of 255
     if not known:
         say("warning: these are not the images that the checkpoint was made with: those it was "
@@ -440,7 +440,7 @@ def start_processes(args):
 
 def check_options(args):
     """Raise UsageError for options that do not go together."""
-    if (args.out / "log.csv").exists() and not args.resume:
+    if not args.resume and any((args.out / name).exists() for name in ("log.csv", "last.pt")):
         raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another")
     if args.data != "demo" and args.out.resolve().is_relative_to(Path(args.data).resolve()):
         raise UsageError(f"--out {args.out}: lies in --data {args.data}, where its pictures would "
