@@ -6,13 +6,11 @@ Each picture keeps its own lightness at its own size. The network sees it squash
 was trained at, and only the colour that it predicts is scaled up (as in Zhang et al. 2016, Colorful
 Image Colorization, arXiv:1603.08511): the eye is sharp for lightness, not for colour.
 """
-import os
 import signal
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin: README, Speed
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C meanwhile: no traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 import math
+import os
 import struct
 import sys
 import threading

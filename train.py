@@ -10,7 +10,8 @@ Isola et al. 2018, pix2pix (arXiv:1611.07004): the patch critic, and L1 beside i
 import os
 import signal
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin: README, Speed
+    if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads sleep sooner: README, Speed
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C meanwhile: no traceback
 import argparse
