@@ -50,8 +50,8 @@ def has_colour(lab):
     """Whether a picture is more than black and white.
 
     lab: (1, 3, H, W). In a toned print (sepia) ab is not 0, but follows from L: what tells a colour
-    photograph is that ab differs at equal lightness. Of 800 flowers 3 come out as toned; of 600
-    toned pictures, JPEG quality 75, none as coloured.
+    photograph is that ab differs at equal lightness. Of 1,638 flowers 11 count as toned; of 500
+    evenly toned pictures (JPEG, quality 75) one as coloured.
     """
     level, ab = (lab[0, 0].flatten() / 4).long(), lab[0, 1:].flatten(1)  # 26 levels of L
     mean = torch.zeros(2, 26).index_add(1, level, ab) / torch.bincount(level, minlength=26)

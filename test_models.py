@@ -795,6 +795,13 @@ def test_adam_is_the_papers_in_both_networks():
         assert group["betas"] == (0.5, 0.9) and len(group["params"]) == len([*network.parameters()])
 
 
+def test_a_scaled_loss_leaves_the_true_gradient():
+    network, x = nn.Linear(3, 1), torch.rand(4, 3)
+    optimizer, scaler = torch.optim.SGD(network.parameters(), lr=0.0), torch.amp.GradScaler("cpu")
+    train.step(network, optimizer, network(x).sum(), scaler)
+    assert torch.allclose(network.weight.grad, x.sum(0))
+
+
 def test_ema_warms_up_and_averages_batch_norm_too():
     source, ema = models.UNet(2), models.UNet(2)
     for network, value in ((source, 1.0), (ema, 0.0)):
