@@ -168,22 +168,36 @@ def output_path(out, names, name, has_alpha):
     return out / name
 
 
-def check_outputs(args, folder, names, outputs):
-    """Raise UsageError where --out is no folder, or an output would fall on an input or beside it."""
+def plan(args, folder, names):
+    """Where everything goes.
+
+    Returns target, from a name and whether it has alpha to a path; the paths of the grid's pages;
+    and the names that are left to do. Raises UsageError where --out is no folder, or an output
+    would fall on an input or beside it.
+    """
     def inode(path):
         with suppress(OSError):
             return os.stat(path).st_dev, os.stat(path).st_ino
 
-    out, inputs = args.out, {inode(folder / name) for name in names} - {None}
+    out, target = args.out, partial(output_path, args.out, set(names))
+    outputs = {target(name, has_alpha) for name in names for has_alpha in (False, True)}
+    taken = outputs | {parent for path in outputs for parent in path.parents}
+    numbered = [out / f"grid-{i}.png" for i in range(2, len(names) + args.grid + 2)]
+    pages = [path for path in [out / "grid.png", *numbered] if path not in taken][: args.grid]
+
+    inputs = {inode(folder / name) for name in names} - {None}
     if not out.is_dir() and (out.exists() or out.suffix.lower() in SAVE):
         raise UsageError(f"out {out}: a file's name; name the folder that the results go to")
-    for path in outputs:
+    for path in outputs | set(pages):
         if inode(path) in inputs:
             raise UsageError(f"out {out}: would overwrite the input {path}; name another")
     for parent in {path.parent for path in outputs} if args.input.is_dir() else ():
         if parent.resolve().is_relative_to(args.input.resolve()):
             raise UsageError(f"out {out}: {parent} lies in the input folder; name one outside "
                              f"{args.input}")
+    todo = [name for name in names if not (args.skip_existing and any(
+        os.path.exists(target(name, has_alpha)) for has_alpha in (False, True)))]
+    return target, pages, todo
 
 
 def draw_grid(columns, path):
@@ -212,14 +226,7 @@ def colorize_all(args):
     device = pick_device(args.device)
     generator, info = load_generator(args.ckpt, device)
     folder, names, others, errors = list_inputs(args.input)
-    target = partial(output_path, args.out, set(names))
-    outputs = {target(name, has_alpha) for name in names for has_alpha in (False, True)}
-    taken = outputs | {parent for path in outputs for parent in path.parents}
-    numbered = [args.out / f"grid-{i}.png" for i in range(2, len(names) + args.grid + 2)]
-    pages = [path for path in [args.out / "grid.png", *numbered] if path not in taken]
-    check_outputs(args, folder, names, outputs | set(pages[: args.grid]))
-    todo = [name for name in names if not (args.skip_existing and any(
-        os.path.exists(target(name, has_alpha)) for has_alpha in (False, True)))]
+    target, pages, todo = plan(args, folder, names)
     if not names:
         say(f"{args.input}: no file with the suffix of a picture", sys.stderr)
     for error in errors:

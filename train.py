@@ -365,7 +365,7 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------
-# Training
+# Command line
 
 def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
