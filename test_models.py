@@ -1008,7 +1008,7 @@ def test_a_killed_and_an_interrupted_run_resume_exactly():
         before = last.exists() and last.stat().st_mtime_ns
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, *LONG, "stopped", *options],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while not last.exists() or last.stat().st_mtime_ns == before:
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
             time.sleep(0.01)
         process.send_signal(number)
         error = process.communicate()[1].strip()
@@ -1489,7 +1489,7 @@ def test_a_closed_terminal_ends_sampling_as_ctrl_c_does(ckpt):
     make_photos("in", 200)
     process = subprocess.Popen([sys.executable, HERE / "sample.py", "--ckpt", ckpt, "in", "out"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not Path("out").exists():
+    while process.poll() is None and not Path("out").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate()
