@@ -401,13 +401,9 @@ class Photos:
         if crop:
             rgb = random_crops(images.to(self.device) / 255, self.size)
         else:  # where the images are: MPS had no antialiased bicubic before torch 2.8
-            rgb = resize(images / 255, self.size).to(self.device)
+            rgb = F.interpolate(images / 255, (self.size, self.size), mode="bicubic",
+                                antialias=True).clamp(0, 1).to(self.device)
         return normalize(rgb_to_lab(rgb))
-
-
-def resize(rgb, size):
-    """Scale rgb (N, 3, H, W) in [0, 1] to (N, 3, size, size): bicubic, antialiased."""
-    return F.interpolate(rgb, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def random_crops(rgb, size, shortest=2 / 3, aspect=0.1):
