@@ -458,7 +458,9 @@ class Parser(argparse.ArgumentParser):
     """Options with their defaults in --help, below the module's own text; errors of one line."""
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            off = action.default is None or action.default is False  # says nothing
+            return action.help if off else super()._get_help_string(action)
 
     def __init__(self, **options):
         super().__init__(formatter_class=self.Help, **options)

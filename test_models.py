@@ -1619,7 +1619,8 @@ def test_help_shows_usage_text_and_defaults(script, capsys):
         script.main(["--help"])
     out = capsys.readouterr().out
     assert end.value.code == 0 and out.startswith(f"usage: python {script.__name__}.py [options]")
-    assert "\n    python " in out and "(default: " in out
+    assert "\n    python " in out and "(default: auto)" in out and "(default: None)" not in out
+    assert script is sample or "(default: 0)" in out
 
 
 def test_the_shipped_generator_is_the_default(monkeypatch):

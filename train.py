@@ -373,7 +373,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", default=DEFAULT_DATA, metavar="DIR", help="folder of images; where the default "
         "does not exist, Flowers102 is downloaded into it; demo: crops of scikit-image's pictures")
-    add("--size", type=number(int, 32, 1024), default=128, help="side in pixels, times 16")
+    add("--size", type=number(int, 32, 1024), default=128, help="side in pixels, a multiple of 16")
     add("--width", type=number(int, 1, 512), default=64,
         help="channels of the first block of both networks (U-Net and PatchGAN: 64)")
     add("--batch-size", type=number(int, 1), default=32, help="images a step, over all processes")
