@@ -764,7 +764,7 @@ def test_a_batch_is_one_critic_step_and_two_generator_steps(monkeypatch):
     terms = train.adversarial_step(run, *BATCH)
     assert [name for name, _ in steps] == ["PatchCritic", "UNet", "UNet"] and len(forwards) == 2
     assert steps[0][1] == pytest.approx((-terms["wasserstein"] + 10 * terms["penalty"]).item())
-    assert steps[2][1] == pytest.approx((100 * terms["l1"] + terms["adversarial"]).item())
+    assert steps[2][1] == pytest.approx((300 * terms["l1"] + terms["adversarial"]).item())
     run.args.critic_steps, run.args.generator_steps, run.args.lambda_gp = 3, 1, 0
     steps.clear()
     run.generator.zero_grad()
@@ -909,7 +909,7 @@ def test_training_end_to_end(capsys):
     assert pretrained > float(grey[0]) + 1  # validation against test: both of overlapping crops
     assert float(generator[2]) > 10 and real[:2] == ["100.00", "1.000"] and "demo" in table[6]
     assert grey[3] == real[3] == "0" and 0 < int(generator[3]) < 60  # worse than no colour
-    assert "lambda_l1 100.0" in table[0] and Path("runs/test.txt").read_text().splitlines() == table
+    assert "lambda_l1 300.0" in table[0] and Path("runs/test.txt").read_text().splitlines() == table
     assert sorted(p.name for p in Path("runs").iterdir()) == [
         "epoch-0005.png", "epoch-0010.png", "g.pt", "last.pt", "log.csv", "test.png", "test.txt"]
     for name in ("epoch-0010.png", "test.png"):
@@ -1395,6 +1395,11 @@ def test_a_linked_input_is_never_overwritten(ckpt, refused):
     GREY.save("out/grid-2.png")
     Path("in/link.png").symlink_to(Path("out/grid-2.png").resolve())
     refused(sample.main, ["--ckpt", ckpt, "in", "out"], "would overwrite the input out/grid-2.png")
+    COLOUR.save("in/b.jpg")
+    GREY.save("out/b.jpg.png")  # where b.jpg goes, should it have alpha
+    Path("in/link.png").unlink()
+    Path("in/link.png").symlink_to(Path("out/b.jpg.png").resolve())
+    refused(sample.main, ["--ckpt", ckpt, "in", "out"], "would overwrite the input out/b.jpg.png")
     Path("other").mkdir()
     Path("other/a").symlink_to(Path("in").resolve())
     refused(sample.main, ["--ckpt", ckpt, "in", "other"], "other/a lies in the input folder")
@@ -1623,5 +1628,5 @@ def test_help_shows_usage_text_and_defaults(script, capsys):
     assert script is sample or "(default: 0)" in out
 
 
-def test_the_shipped_generator_is_the_default(monkeypatch):
+def test_the_shipped_generator_is_the_default():
     assert sample.parse_args(["in", "out"]).ckpt == HERE / "g.pt"

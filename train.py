@@ -377,12 +377,12 @@ def parse_args(argv=None):
     add("--width", type=number(int, 1, 512), default=64,
         help="channels of the first block of both networks (U-Net and PatchGAN: 64)")
     add("--batch-size", type=number(int, 1), default=32, help="images a step, over all processes")
-    add("--pretrain-epochs", type=number(int, 0), default=20, help="epochs of L1 alone")
+    add("--pretrain-epochs", type=number(int, 0), default=100, help="epochs of L1 alone")
     add("--epochs", type=number(int, 0), default=110, help="epochs of WGAN-GP after that")
     add("--critic-steps", type=number(int, 1), default=1, help="critic steps a batch (WGAN-GP: 5)")
     add("--generator-steps", type=number(int, 1), default=2,
         help="generator steps a batch (WGAN-GP: 1)")
-    add("--lambda-l1", type=number(float, 0), default=100.0,
+    add("--lambda-l1", type=number(float, 0), default=300.0,
         help="weight of the L1 loss, of ab / 110 (pix2pix: 100)")
     add("--lambda-gp", type=number(float, 0), default=10.0,
         help="weight of the gradient penalty (WGAN-GP: 10)")
