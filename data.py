@@ -221,7 +221,8 @@ def replacing(path, tag=""):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"cannot write {path}: {reason}; is there room, may you write there?") from error
+        remedy = "is there room, may you write there?"
+        raise OSError(f"cannot write {path}: {reason}; {remedy}") from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -334,8 +335,9 @@ def demo(size, crop=192, stride=32):
     """
     from skimage import data as photos  # here: sample.py need not wait for it
     names, images = [], []
-    for name, photo in (("astronaut", photos.astronaut()), ("coffee", photos.coffee()),
-                        ("chelsea", photos.chelsea()), ("motorcycle", photos.stereo_motorcycle()[0])):
+    for name, photo in {"astronaut": photos.astronaut(), "coffee": photos.coffee(),
+                        "chelsea": photos.chelsea(),
+                        "motorcycle": photos.stereo_motorcycle()[0]}.items():
         for y in range(0, photo.shape[0] - crop + 1, stride):
             for x in range(0, photo.shape[1] - crop + 1, stride):
                 image = Image.fromarray(photo[y : y + crop, x : x + crop])

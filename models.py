@@ -164,8 +164,8 @@ def load_generator(path, device):
 def misfit(path, error):
     """The UsageError for a checkpoint that is damaged, or was made by other code."""
     reason = " ".join(str(error).split())[:150]
-    return UsageError(f"{path}: does not fit this code, or is damaged ({reason}); use the code that "
-                      "made it, or train anew with another --out")
+    return UsageError(f"{path}: does not fit this code, or is damaged ({reason}); use the code "
+                      "that made it, or train anew with another --out")
 
 
 def to_device(network, device):

@@ -852,7 +852,8 @@ def test_each_part_serves_its_purpose_and_the_average_is_what_counts(monkeypatch
     photos, last = data.Photos("demo", 32, 0), load("runs/last.pt")
     assert evaluated[0][1] == photos.val.tolist()
     assert all(rows == photos.test.tolist() for _, rows in evaluated[1:]) and len(evaluated) == 5
-    assert [list(rows) for _, _, rows, _ in pictures] == [list(photos.val[:8]), list(photos.test[:8])]
+    drawn = [rows.tolist() for _, _, rows, _ in pictures]
+    assert drawn == [photos.val[:8].tolist(), photos.test[:8].tolist()]
     assert [str(path) for *_, path in pictures] == ["runs/epoch-0001.png", "runs/test.png"]
     psnr = {}
     for name in ("ema", "generator"):
@@ -964,7 +965,8 @@ def test_time_left_counts_both_phases(monkeypatch, capsys):
     clock = iter(range(0, 10**6, 10))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(train, "live", lambda text: None)
-    assert train.main([*TINY, "--pretrain-epochs", "2", "--epochs", "2", "--batch-size", "300"]) == 0
+    command = "--pretrain-epochs 2 --epochs 2 --batch-size 300".split()
+    assert train.main([*TINY, *command]) == 0
     left = [line.split(", ")[-1] for line in capsys.readouterr().out.splitlines()
             if line.startswith("epoch")]
     # ten seconds between two looks at the clock: an epoch of one step takes 30
@@ -979,10 +981,9 @@ STATES = ("generator", "critic", "ema", "optimizer_g", "optimizer_c", "scaler")
 
 
 def assert_same_run(a, b):
-    last, logs = [load(f"{out}/last.pt") for out in (a, b)], []
-    for out in (a, b):
-        rows = [[v for k, v in r.items() if k not in ("images_per_s", "seconds")] for r in read_log(out)]
-        logs.append(rows)
+    last = [load(f"{out}/last.pt") for out in (a, b)]
+    timed = {"images_per_s", "seconds"}
+    logs = [[{k: row[k] for k in row.keys() - timed} for row in read_log(out)] for out in (a, b)]
     assert logs[0] == logs[1]
     for name in STATES:
         assert same(last[0][name], last[1][name]), name
@@ -1020,7 +1021,8 @@ def test_a_killed_and_an_interrupted_run_resume_exactly():
 
 def test_saves_are_seconds_apart_and_the_last_epoch_is_saved(monkeypatch):
     saves, save = [], train.Run.save
-    monkeypatch.setattr(train.Run, "save", lambda run, photos: saves.append(run.epoch) or save(run, photos))
+    monkeypatch.setattr(train.Run, "save",
+                        lambda run, photos: saves.append(run.epoch) or save(run, photos))
     monkeypatch.setattr(train, "SAVE_SECONDS", 1000)
     assert train.main([*LONG, "runs"]) == 0 and saves == [4] and len(read_log()) == 4
 
@@ -1123,13 +1125,14 @@ def bad_generators():
     """Files that are no g.pt, by kind."""
     state = models.UNet(4).state_dict()
     good = {"generator": state} | INFO
-    wide = {"generator": state | {"down1.0.weight": torch.zeros(1, 1, 3, 3).expand(5000, -1, -1, -1)}}
+    first = torch.zeros(1, 1, 3, 3).expand(5000, -1, -1, -1)
+    wide = {"generator": state | {"down1.0.weight": first}}
     nan = state | {"head.bias": torch.full((2,), math.nan)}
     changed = {f"new.{name}": value for name, value in state.items()}
-    kinds = {"code": Code(), "other": {"model": state}, "tensor": torch.zeros(3), "unfit": {} | good,
-             "wide": good | wide, "nan": good | {"generator": nan}, "size": good | {"size": 10**9},
-             "seed": good | {"seed": "x"}, "changed": good | {"generator": changed}}
-    kinds["unfit"] = good | {"generator": {}}
+    kinds = {"code": Code(), "other": {"model": state}, "tensor": torch.zeros(3),
+             "unfit": good | {"generator": {}}, "changed": good | {"generator": changed},
+             "wide": good | wide, "nan": good | {"generator": nan},
+             "size": good | {"size": 10**9}, "seed": good | {"seed": "x"}}
     blobs = {"empty": b"", "text": b"hello", "missing": None}
     for kind, content in kinds.items():
         buffer = io.BytesIO()
@@ -1201,7 +1204,8 @@ def check_averages(history):
     averaged = [p.grad for p in critic.parameters()]
     close = lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-7)  # order of summation
     assert all(map(close, whole, averaged)) and not all(map(close, part, averaged))
-    assert average_terms([{"l1": torch.tensor(1.0 + rank)}, {"l1": torch.tensor(5.0)}]) == {"l1": 3.25}
+    steps = [{"l1": torch.tensor(1.0 + rank)}, {"l1": torch.tensor(5.0)}]
+    assert average_terms(steps) == {"l1": 3.25}
     return average_terms(history)
 
 def spy(photos, chosen, crop=False):
@@ -1248,14 +1252,16 @@ def test_processes_that_see_other_images_are_refused():
     for rank in "01":
         make_photos(f"{rank}/photos", 20)
     Path("1/photos/a/00.png").unlink()
-    script = "import os, sys, train; os.chdir(os.environ['RANK']); sys.exit(train.main(sys.argv[1:]))"
+    script = ("import os, sys, train; os.chdir(os.environ['RANK']); "
+              "sys.exit(train.main(sys.argv[1:]))")
     result = torchrun(script, *"--data photos --size 32 --width 4 --batch-size 4".split())
     assert result.returncode and "--data photos, --out runs: not the same images" in result.stderr
     assert 'train.py", line' not in result.stderr  # no traceback but torchrun's own
 
 
 def test_batches_divide_among_processes(refused, monkeypatch):
-    monkeypatch.setattr(train, "start_processes", lambda args: setattr(args, "processes", 3) or (CPU, 0))
+    monkeypatch.setattr(train, "start_processes",
+                        lambda args: setattr(args, "processes", 3) or (CPU, 0))
     refused(train.main, TINY, "--batch-size 32: not a multiple of 3 processes")
 
 
@@ -1430,7 +1436,8 @@ def test_skip_existing_goes_on_after_ctrl_c(ckpt, capsys, monkeypatch):
     assert all(os.stat(path).st_mtime_ns == when for path, when in before.items())
     assert sample.main(["--ckpt", ckpt, "in", "out", "--skip-existing"]) == 0  # nothing left to do
     assert "0 colorized, 0 failed, 7 done before" in capsys.readouterr().out
-    assert sample.main(["--ckpt", ckpt, "in", "out"]) == 0 and "7 colorized" in capsys.readouterr().out
+    assert sample.main(["--ckpt", ckpt, "in", "out"]) == 0
+    assert "7 colorized" in capsys.readouterr().out
 
 
 def test_broken_files_and_folders_are_named_and_the_others_colorized(ckpt, capsys, monkeypatch):

@@ -240,8 +240,9 @@ def report(args, path, device, photos=None):
     if not known:
         say("warning: these are not the images that the checkpoint was made with: those it was "
             "trained on may be among the ones tested here")
-    total = sum(photos.batch(chunk)[1].mean((2, 3)).sum(0) for chunk in chunks(photos, photos.train))
-    mean_ab = (total / len(photos.train))[None, :, None, None]
+    rows = photos.train
+    total = sum(photos.batch(chunk)[1].mean((2, 3)).sum(0) for chunk in chunks(photos, rows))
+    mean_ab = (total / len(rows))[None, :, None, None]
     predictors = {
         "no colour": lambda L, ab: torch.zeros_like(ab),
         "mean colour of the training part": lambda L, ab: mean_ab.expand_as(ab),
@@ -311,7 +312,8 @@ class Run:
     def check_finite(self, means, epoch):
         """Raise FloatingPointError where the epoch's terms or the weights are not finite."""
         weights = [*self.generator.parameters(), *self.critic.parameters()]
-        if not (all(map(math.isfinite, means.values())) and all(w.isfinite().all() for w in weights)):
+        if not (all(map(math.isfinite, means.values()))
+                and all(weight.isfinite().all() for weight in weights)):
             raise FloatingPointError(f"epoch {epoch + 1} diverged ({means}); nothing of it was "
                                      "saved; try a lower --lr or --pretrain-lr")
 
