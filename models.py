@@ -154,7 +154,7 @@ def load_generator(path, device):
         if not (32 <= info["size"] <= 1024 and 0 <= info["seed"] < 2**32):
             raise ValueError("an impossible size or seed")
         info |= {"options": dict(checkpoint["options"]),
-                 "test_means": torch.tensor(checkpoint.get("test_means", []))}
+                 "test_means": torch.tensor(checkpoint["test_means"])}
         generator = to_device(generator.float(), device)
     except Exception as error:
         raise misfit(path, error) from error
