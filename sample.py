@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -212,7 +213,8 @@ def draw_grid(columns, path):
     for i, (name, cells) in enumerate(columns):
         for row, cell in enumerate(cells):
             page.paste(cell, (i * step, row * step))
-        text = printable(str(name), "latin-1")
+        text = unicodedata.normalize("NFKD", printable(str(name), "utf-8"))
+        text = text.encode("ascii", "ignore").decode()  # what the font has: u for ü
         while font.getlength(text) > SIDE:
             text = text[1:]
         draw.text((i * step + 2, rows * step), text, "black", font)

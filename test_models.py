@@ -1380,6 +1380,10 @@ def test_grid_pages(ckpt, capsys):
             sizes.append(image.size)
     assert sizes == [(8 * 258, 2 * 258 + 24), (2 * 258, 2 * 258 + 24)]  # grey: no third row
     assert "the first 10 in out/grid.png" in capsys.readouterr().out and len(tree("out")) == 13
+    for path, name in (("a.png", "Blüte.png"), ("b.png", "Blute.png"), ("c.png", "Blte.png")):
+        sample.draw_grid([(name, [GREY])], Path(path))  # the font has ASCII alone
+    a, b, c = [Path(path).read_bytes() for path in ("a.png", "b.png", "c.png")]
+    assert a == b != c
 
 
 def test_no_two_inputs_share_an_output(ckpt):
