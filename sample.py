@@ -20,6 +20,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +98,14 @@ def colorize(generator, image, size):
     return result, 10 * math.log10(255**2 * 3 * width * height / max(squared_error, 1e-9))
 
 
+def lightness(image):
+    """What the network sees of an image: a grey picture, mode L, of the same L*."""
+    lab = rgb_to_lab(to_tensor(image.convert("RGB")))
+    lab[:, 1:] = 0
+    grey = (lab_to_rgb(lab)[0, 1] * 255).round().byte()
+    return Image.fromarray(grey.numpy())
+
+
 def to_tensor(image):
     """An RGB image as (1, 3, H, W) float in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
@@ -123,7 +132,7 @@ def colorize_file(generator, size, source, target, shown):
             cells = None
             if shown:
                 real, made = (ImageOps.pad(i, (SIDE, SIDE), color="white") for i in (image, result))
-                cells = [real.convert("L"), made] + [real] * (psnr is not None)
+                cells = [lightness(real), made] + [real] * (psnr is not None)
             if alpha:
                 result.putalpha(alpha)
             write_picture(result, target(alpha is not None), metadata)
@@ -183,8 +192,10 @@ def plan(args, folder, names):
     out, target = args.out, partial(output_path, args.out, set(names))
     outputs = {target(name, has_alpha) for name in names for has_alpha in (False, True)}
     taken = outputs | {parent for path in outputs for parent in path.parents}
-    numbered = [out / f"grid-{i}.png" for i in range(2, len(names) + args.grid + 2)]
-    pages = [path for path in [out / "grid.png", *numbered] if path not in taken][: args.grid]
+    numbered = chain([out / "grid.png"], (out / f"grid-{i}.png" for i in count(2)))
+    free = (path for path in numbered
+            if path not in taken and not (args.skip_existing and path.exists()))
+    pages = list(islice(free, math.ceil(args.grid / COLUMNS)))
 
     inputs = {inode(folder / name) for name in names} - {None}
     if not out.is_dir() and (out.exists() or out.suffix.lower() in SAVE):
@@ -215,7 +226,7 @@ def draw_grid(columns, path):
             page.paste(cell, (i * step, row * step))
         text = unicodedata.normalize("NFKD", printable(str(name), "utf-8"))
         text = text.encode("ascii", "ignore").decode()  # what the font has: u for ü
-        while font.getlength(text) > SIDE:
+        while font.getlength(text) > SIDE - 8:
             text = text[1:]
         draw.text((i * step + 2, rows * step), text, "black", font)
     with replacing(path) as part:
@@ -276,7 +287,9 @@ def colorize_all(args):
     say(f"{len(outcomes) - failed} colorized{mean}, {failed + len(errors)} failed{done}"
         + (f"; no pictures: {left}" if left else ""))
     if columns:
-        say(f"the results are in {args.out}, the first {len(columns)} in {pages[0]}")
+        last = pages[(len(columns) - 1) // COLUMNS]
+        more = f" to {last.name}" if last != pages[0] else ""
+        say(f"the results are in {args.out}, {len(columns)} of them in {pages[0]}{more}")
     if stopped:
         say(f"stopped after {len(outcomes)} of {len(todo)}; --skip-existing goes on", sys.stderr)
         return 130
@@ -293,7 +306,7 @@ def parse_args(argv=None):
     add("--ckpt", type=Path, default=Path(__file__).with_name("g.pt"), help="g.pt of train.py")
     add("--skip-existing", action="store_true", help="leave out pictures that have their output")
     add("--grid", type=number(int, 0, 10_000), default=8, metavar="N",
-        help="pictures to show in OUT/grid.png, eight a page; 0 for none")
+        help="pictures to show in OUT/grid.png, grid-2.png ..., eight a page; 0 for none")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     return parser.parse_args(argv)
 

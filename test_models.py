@@ -1024,7 +1024,7 @@ def test_saves_are_seconds_apart_and_the_last_epoch_is_saved(monkeypatch):
     monkeypatch.setattr(train.Run, "save",
                         lambda run, photos: saves.append(run.epoch) or save(run, photos))
     monkeypatch.setattr(train, "SAVE_SECONDS", 1000)
-    assert train.main([*LONG, "runs"]) == 0 and saves == [4] and len(read_log()) == 4
+    assert train.main([*LONG, "runs"]) == 0 and saves == [1, 4] and len(read_log()) == 4
 
 
 def test_last_pt_is_written_last(monkeypatch):
@@ -1353,7 +1353,7 @@ def test_a_folder_is_mirrored_measured_and_shown(ckpt, capsys):
         out = capsys.readouterr().out
         assert out.count(" dB\n") == 3 and "4 colorized" in out and "3 that had colour" in out
         assert "0 failed; no pictures: 2 .heic, 1 .txt, 1 no suffix" in out
-        assert out.splitlines()[-1] == "the results are in out, the first 4 in out/grid.png"
+        assert out.splitlines()[-1] == "the results are in out, 4 of them in out/grid.png"
     with Image.open("out/a.JPG") as image, Image.open("in/a.JPG") as real:
         assert image.format == "JPEG"
         psnr = peak_signal_noise_ratio(np.asarray(real), np.asarray(image))
@@ -1364,6 +1364,9 @@ def test_a_folder_is_mirrored_measured_and_shown(ckpt, capsys):
         cells = np.asarray(image).astype(int)
     grey, fake, real = [cells[y : y + 256, :256] for y in (0, 258, 516)]
     assert np.ptp(grey, 2).max() == 0 < np.ptp(fake, 2).max()
+    for made in (grey, fake):  # the same lightness, not luma
+        made, seen = (rgb2lab(cell[60:190].astype(np.uint8))[..., 0] for cell in (made, real))
+        assert np.abs(made - seen).mean() < 1  # JPEG's loss
     assert np.abs(real[128] - np.asarray(COLOUR.resize((256, 189)))[94]).max() < 25  # JPEG's loss
     assert (cells[516:774, 3 * 258 :] == 255).all()  # the grey one has no third row
     assert all((cells[774:, x : x + 256] < 128).any() for x in range(0, 4 * 258, 258))  # a name
@@ -1379,7 +1382,8 @@ def test_grid_pages(ckpt, capsys):
         with Image.open(f"out/{name}") as image:
             sizes.append(image.size)
     assert sizes == [(8 * 258, 2 * 258 + 24), (2 * 258, 2 * 258 + 24)]  # grey: no third row
-    assert "the first 10 in out/grid.png" in capsys.readouterr().out and len(tree("out")) == 13
+    assert "10 of them in out/grid.png to grid-2.png" in capsys.readouterr().out
+    assert len(tree("out")) == 13
     for path, name in (("a.png", "Blüte.png"), ("b.png", "Blute.png"), ("c.png", "Blte.png")):
         sample.draw_grid([(name, [GREY])], Path(path))  # the font has ASCII alone
     a, b, c = [Path(path).read_bytes() for path in ("a.png", "b.png", "c.png")]
@@ -1437,6 +1441,7 @@ def test_skip_existing_goes_on_after_ctrl_c(ckpt, capsys, monkeypatch):
     before = {path: os.stat(path).st_mtime_ns for path in tree("out") if "grid" not in path}
     assert sample.main(["--ckpt", ckpt, "in", "out", "--skip-existing"]) == 0
     assert "3 colorized" in (out := capsys.readouterr().out) and "4 done before" in out
+    assert "3 of them in out/grid-2.png" in out  # the first page stays
     assert all(os.stat(path).st_mtime_ns == when for path, when in before.items())
     assert sample.main(["--ckpt", ckpt, "in", "out", "--skip-existing"]) == 0  # nothing left to do
     assert "0 colorized, 0 failed, 7 done before" in capsys.readouterr().out

@@ -286,7 +286,7 @@ class Run:
         self.optimizer_c = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9))
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.epoch, self.log, self.saved = 0, [], time.monotonic()
+        self.epoch, self.log, self.saved = 0, [], -math.inf
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -472,7 +472,7 @@ def load_photos(args, device, epoch):
                              "the same last.pt, on all machines")
     if args.batch_size > len(photos.train):
         raise UsageError(f"--batch-size {args.batch_size}: more than the {len(photos.train)} "
-                         "training images")
+                         "training images; lower it to that or less")
     return photos
 
 
