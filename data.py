@@ -40,8 +40,7 @@ class UsageError(Exception):
     """A mistake that the user can mend: one line that names the flag or file, and the remedy."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Colour
+# --- Colour --------------------------------------------------------------------------------------
 
 def _multiply(matrix, image):
     """The 3 x 3 matrix times every pixel of image (N, 3, H, W)."""
@@ -96,8 +95,7 @@ def denormalize(L, ab):
     return torch.cat([(L + 1) * L_CENTER, ab * AB_RANGE], 1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading pictures
+# --- Reading pictures ----------------------------------------------------------------------------
 
 class Picture(NamedTuple):
     """A picture as read: upright, in sRGB, 8 bits."""
@@ -203,8 +201,7 @@ def to_srgb(image, info):
         return image
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
+# --- Files ---------------------------------------------------------------------------------------
 
 @contextmanager
 def replacing(path, tag=""):
@@ -346,8 +343,7 @@ def demo(size, crop=192, stride=32):
     return names, np.stack(images)
 
 
-# ---------------------------------------------------------------------------------------------
-# Split and batches
+# --- Split and batches ---------------------------------------------------------------------------
 
 class Photos:
     """The photographs of --data, split 70 / 15 / 15 by a seed.
@@ -428,8 +424,7 @@ def random_crops(rgb, size, shortest=2 / 3, aspect=0.1):
     return F.grid_sample(rgb, grid, align_corners=False)
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
+# --- Command line --------------------------------------------------------------------------------
 
 def say(text, file=None):
     """Print a line, in place of the live one."""

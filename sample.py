@@ -45,8 +45,7 @@ NO_ALPHA = {".jpg", ".jpeg", ".bmp"}
 one_large = threading.Lock()
 
 
-# ---------------------------------------------------------------------------------------------
-# One picture
+# --- One picture ---------------------------------------------------------------------------------
 
 def has_colour(lab):
     """Whether a picture is more than black and white.
@@ -152,8 +151,7 @@ def write_picture(image, path, metadata):
             save(part)
 
 
-# ---------------------------------------------------------------------------------------------
-# A folder of them
+# --- A folder of them ----------------------------------------------------------------------------
 
 def list_inputs(source):
     """The folder that names are relative to, and what find_images finds there, or the one file.

@@ -119,8 +119,7 @@ def read_log(out="runs"):
         return list(csv.DictReader(file))
 
 
-# ---------------------------------------------------------------------------------------------
-# Colour
+# --- Colour --------------------------------------------------------------------------------------
 
 def cube(low, high, n):
     axes = [np.linspace(a, b, n) for a, b in zip(low, high)]
@@ -182,8 +181,7 @@ def test_colour_is_differentiable_also_at_the_extremes(convert, values):
     assert torch.autograd.gradcheck(convert, x)
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading pictures
+# --- Reading pictures ----------------------------------------------------------------------------
 
 GREY = photo((50, 37), mode="L")
 COLOUR = photo((50, 37))
@@ -391,8 +389,7 @@ def test_metadata_that_does_not_fit_costs_no_picture(ckpt):
     assert sample.main(["--ckpt", ckpt, "a.jpg", "out"]) == 0 and Path("out/a.jpg").exists()
 
 
-# ---------------------------------------------------------------------------------------------
-# Data
+# --- Data ----------------------------------------------------------------------------------------
 
 def test_split_is_70_15_15_and_depends_on_the_seed_alone():
     a = data.Photos(make_photos("here", 40), 32, seed=1)
@@ -612,8 +609,7 @@ def test_batches_are_the_whole_image_or_crops_of_it():
     assert L.abs().max() <= 1 and ab.abs().max() <= 1
 
 
-# ---------------------------------------------------------------------------------------------
-# Networks
+# --- Networks ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("side", [128, 256])
 def test_shapes(side):
@@ -675,8 +671,7 @@ def test_critic_judges_each_image_alone():
     assert torch.allclose(critic(lab)[:1], critic(lab[:1]), atol=1e-6)  # other order of summation
 
 
-# ---------------------------------------------------------------------------------------------
-# Losses
+# --- Losses --------------------------------------------------------------------------------------
 
 class LinearCritic(nn.Module):
     """score = sum(weight * lab): its gradient is the weight, whatever the picture."""
@@ -734,8 +729,7 @@ def test_losses_have_the_papers_signs():
     assert torch.equal(scores, torch.ones(2))
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
+# --- Training ------------------------------------------------------------------------------------
 
 def tiny_run(*options):
     args = train.parse_args([*TINY, "--amp", "off", *options])
@@ -973,8 +967,7 @@ def test_time_left_counts_both_phases(monkeypatch, capsys):
     assert left == ["4 min left", "3 min left", "0 min left", "0 min left"]
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints ---------------------------------------------------------------------------------
 
 LONG = [*TINY, "--pretrain-epochs", "2", "--epochs", "2", "--out"]
 STATES = ("generator", "critic", "ema", "optimizer_g", "optimizer_c", "scaler")
@@ -1181,8 +1174,7 @@ def test_a_damaged_last_pt_or_changed_networks_are_refused(refused, monkeypatch)
     refused(train.main, command, "runs/last.pt", "size mismatch", "another --out")
 
 
-# ---------------------------------------------------------------------------------------------
-# Several processes
+# --- Several processes ---------------------------------------------------------------------------
 
 WORKER = """
 import os, sys, torch, torch.distributed as dist, data, models, train
@@ -1271,8 +1263,7 @@ def test_variables_without_torchrun_change_nothing(name, value, monkeypatch):
     assert train.main(PRE) == 0 and Path("runs/g.pt").exists()
 
 
-# ---------------------------------------------------------------------------------------------
-# Sampling
+# --- Sampling ------------------------------------------------------------------------------------
 
 class Fixed(nn.Module):
     """A generator of known output: ab is an affine function of L."""
@@ -1560,8 +1551,7 @@ def test_mutated_files_are_colorized_or_named(ckpt, capsys):
     print(f"{len(named)} named, {len(written) - 1} colorized, {peak / 1024:.0f} MiB at most")
 
 
-# ---------------------------------------------------------------------------------------------
-# Command-line mistakes
+# --- Command-line mistakes -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, named", [line.split(" | ") for line in """
 --size 100 | --size

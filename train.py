@@ -41,8 +41,7 @@ SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
 MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}  # resume
 
 
-# ---------------------------------------------------------------------------------------------
-# Losses
+# --- Losses --------------------------------------------------------------------------------------
 
 def score(critic, L, ab):
     """One score an image, (N,): the mean of the critic's map.
@@ -88,8 +87,7 @@ def gradient_penalty(critic, L, real_ab, fake_ab):
         return ((norm - 1) ** 2).mean()
 
 
-# ---------------------------------------------------------------------------------------------
-# Steps
+# --- Steps ---------------------------------------------------------------------------------------
 
 def average_gradients(network):
     """Average the gradients over the processes of torchrun; a single process keeps its own.
@@ -174,8 +172,7 @@ def learning_rate(args, epoch):
     return args.pretrain_lr * min(done / 0.1, 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluation
+# --- Evaluation ----------------------------------------------------------------------------------
 
 def to_uint8(L, ab):
     """L and ab as networks see them, to RGB (N, 3, H, W) uint8."""
@@ -268,8 +265,7 @@ def report(args, path, device, photos=None):
     save_picture(generator, photos, photos.test[:8], args.out / "test.png")
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints ---------------------------------------------------------------------------------
 
 class Run:
     """All that training changes: networks, optimizers, moving average, scaler, epoch and log."""
@@ -366,8 +362,7 @@ class Run:
         return contents
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
+# --- Command line --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
@@ -414,8 +409,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
+# --- Training ------------------------------------------------------------------------------------
 
 def start_processes(args):
     """Join the processes of torchrun, if it started this one. Returns the device and the rank.
