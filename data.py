@@ -262,9 +262,12 @@ def fingerprint(path):
 def decode(path, size):
     """A picture squashed to (size, size, 3) uint8 RGB, bicubic, antialiased; black if unreadable.
 
-    Raises OSError where the file cannot be read at all: that may pass, and is not to be cached.
+    Raises UsageError where the file cannot be read at all: that may pass, and is not to be cached.
     """
-    blob = path.read_bytes()
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; try again, or take it away") from error
     try:
         image = read_picture(io.BytesIO(blob)).image.convert("RGB")
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
@@ -317,9 +320,12 @@ def decode_folder(folder, size):
         with replacing(cached, os.getpid()) as part, ThreadPoolExecutor(os.cpu_count()) as pool:
             with open(part, "wb") as file:  # a full disk is an error; in a memory map, a crash
                 rows = pool.map(lambda name: decode(folder / name, size), names)
-                for done, row in enumerate(rows, 1):
-                    file.write(row)
-                    live(f"decoding {done}/{len(names)} images")
+                try:
+                    for done, row in enumerate(rows, 1):
+                        file.write(row)
+                        live(f"decoding {done}/{len(names)} images")
+                finally:  # Ctrl-C or a full disk need not wait for the rest
+                    pool.shutdown(cancel_futures=True)
         say(f"{len(names)} images decoded into {cached}")
     # Copy on write: torch wants writable memory, and the file must stay as it is.
     return names, np.memmap(cached, np.uint8, "c", shape=shape) if names else []

@@ -81,6 +81,7 @@ class UNet(nn.Module):
 class PatchCritic(nn.Module):
     """The critic: L*a*b* in, a map of scores out, one for each patch (Isola et al. 2018, 6.1.2).
 
+    One block of 8 * width channels more than their 70 x 70 PatchGAN: patches of 94 x 94.
     Instance norm where PatchGAN has batch norm: the gradient penalty is a property of single
     images, and batch norm would couple them (Gulrajani et al. 2017, section 4).
     """

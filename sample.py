@@ -11,7 +11,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 import math
 import os
-import struct
 import sys
 import threading
 import time
@@ -105,6 +104,12 @@ def lightness(image):
     return Image.fromarray(grey.numpy())
 
 
+def cell(image):
+    """The image as large as fits in a cell of the grid, on white; a side is 1 px at the least."""
+    sides = [max(1, round(side * SIDE / max(image.size))) for side in image.size]
+    return ImageOps.pad(image.resize(sides, Image.Resampling.BICUBIC), (SIDE, SIDE), color="white")
+
+
 def to_tensor(image):
     """An RGB image as (1, 3, H, W) float in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
@@ -130,8 +135,8 @@ def colorize_file(generator, size, source, target, shown):
             result, psnr = colorize(generator, image, size)
             cells = None
             if shown:
-                real, made = (ImageOps.pad(i, (SIDE, SIDE), color="white") for i in (image, result))
-                cells = [lightness(real), made] + [real] * (psnr is not None)
+                real, made = cell(image), cell(result)
+                cells = [lightness(real), made] + ([] if psnr is None else [real])
             if alpha:
                 result.putalpha(alpha)
             write_picture(result, target(alpha is not None), metadata)
@@ -147,7 +152,7 @@ def write_picture(image, path, metadata):
     with replacing(path) as part:
         try:
             save(part, **metadata)
-        except (TypeError, ValueError, struct.error):  # EXIF that the format has no room for
+        except Exception:  # metadata that the format has no room for, or Pillow no sense
             save(part)
 
 
@@ -244,7 +249,7 @@ def colorize_all(args):
         say(f"{error.filename}: not entered: {error.strerror}", sys.stderr)
 
     # Pictures, in threads: one a core, each with torch on that core; on a GPU two
-    outcomes, columns, stopped, start = [], [], False, time.monotonic()
+    outcomes, columns, stopped, start = [], [], False, time.perf_counter()
 
     def work(name, shown):
         return colorize_file(generator, info["size"], folder / name, partial(target, name), shown)
@@ -255,9 +260,9 @@ def colorize_all(args):
             say(f"{folder / name}: not colorized: {outcome.error}", sys.stderr)
         if outcome.cells:
             columns.append((name, outcome.cells))
-            if outcome.psnr is not None:
-                say(f"{name}: {outcome.psnr:.2f} dB")
-        rate = len(outcomes) / (time.monotonic() - start)
+        if outcome.psnr is not None:
+            say(f"{name}: {outcome.psnr:.2f} dB")
+        rate = len(outcomes) / (time.perf_counter() - start)
         live(f"{len(outcomes)}/{len(todo)}, {rate:.1f} images/s, "
              f"{(len(todo) - len(outcomes)) / rate:.0f} s left")
 
@@ -303,7 +308,7 @@ def parse_args(argv=None):
     add("out", type=Path, help="folder for the colorized pictures and the grid")
     add("--ckpt", type=Path, default=Path(__file__).with_name("g.pt"), help="g.pt of train.py")
     add("--skip-existing", action="store_true", help="leave out pictures that have their output")
-    add("--grid", type=number(int, 0, 10_000), default=8, metavar="N",
+    add("--grid", type=number(int, 0, 1000), default=8, metavar="N",
         help="pictures to show in OUT/grid.png, grid-2.png ..., eight a page; 0 for none")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     return parser.parse_args(argv)

@@ -386,7 +386,9 @@ def test_metadata_that_does_not_fit_costs_no_picture(ckpt):
     exif[270] = "x" * 70_000  # a JPEG has room for 65,533 bytes
     saved_as_png = saved(COLOUR, "PNG", exif=exif)
     Path("a.jpg").write_bytes(saved_as_png)
-    assert sample.main(["--ckpt", ckpt, "a.jpg", "out"]) == 0 and Path("out/a.jpg").exists()
+    Path("a.bmp").write_bytes(saved(COLOUR, "TIFF", dpi=(4e9, 4e9)))  # a BMP's are 32 bits
+    for name in ("a.jpg", "a.bmp"):
+        assert sample.main(["--ckpt", ckpt, name, "out"]) == 0 and Path("out", name).exists()
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -493,16 +495,19 @@ def test_what_cannot_be_read_is_named_and_left_out(capsys, monkeypatch):
         assert "2 files or folders cannot be read" in out and "gone.png (No such" in out
         assert "(File name too long)" in out
     # A passing error while decoding is not kept as a black picture.
-    read_bytes = Path.read_bytes
+    read, read_bytes = [], Path.read_bytes
     def failing(path):
-        if path.name == "01.png":
-            raise OSError(5, "Input/output error", str(path))
+        read.append(path)
+        if path.name == "00.png":
+            raise OSError(5, "Input/output error")
+        time.sleep(0.05)
         return read_bytes(path)
     (folder / "text.jpg").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", failing)
-        with pytest.raises(OSError, match="Input/output"):
+        with pytest.raises(data.UsageError, match="photos/a/00.png: Input/output error"):
             data.Photos(folder, 32, 0)
+        assert len(read) < 15  # of 21: the others are not waited for
     assert len(data.Photos(folder, 32, 0).images) == 21
 
 
@@ -1252,7 +1257,7 @@ def test_processes_that_see_other_images_are_refused():
 
 
 def test_batches_divide_among_processes(refused, monkeypatch):
-    monkeypatch.setattr(train, "start_processes",
+    monkeypatch.setattr(train, "join_processes",
                         lambda args: setattr(args, "processes", 3) or (CPU, 0))
     refused(train.main, TINY, "--batch-size 32: not a multiple of 3 processes")
 
@@ -1317,9 +1322,10 @@ def test_toned_prints_are_black_and_white():
     assert sample.colorize(Fixed((0.0, 0.0), (0.0, 0.0)), COLOUR, 32)[1] is not None
 
 
-def test_jpegs_are_written_at_quality_95_without_subsampling(ckpt):
+def test_jpegs_are_written_at_quality_95_without_subsampling(ckpt, capsys):
     COLOUR.save("a.jpg", quality=30)
-    assert sample.main(["--ckpt", ckpt, "a.jpg", "out"]) == 0
+    assert sample.main(["--ckpt", ckpt, "a.jpg", "out", "--grid", "0"]) == 0
+    assert capsys.readouterr().out.startswith("a.jpg: ")  # decibels, also without a grid
     with Image.open("out/a.jpg") as made, Image.open(io.BytesIO(
             saved(COLOUR, "JPEG", quality=95, subsampling=0))) as expected:
         assert made.quantization == expected.quantization and made.layer == expected.layer
@@ -1366,7 +1372,8 @@ def test_a_folder_is_mirrored_measured_and_shown(ckpt, capsys):
 def test_grid_pages(ckpt, capsys):
     Path("in").mkdir()
     for i in range(11):
-        GREY.save(f"in/{i:02}-{'ü☃' * 20}.png")
+        image = GREY if i else GREY.resize((1, 2000))  # a line: a side of it would be 0
+        image.save(f"in/{i:02}-{'ü☃' * 20}.png")
     assert sample.main(["--ckpt", ckpt, "in", "out", "--grid", "10"]) == 0
     sizes = []
     for name in ("grid.png", "grid-2.png"):
@@ -1587,6 +1594,7 @@ def test_mutated_files_are_colorized_or_named(ckpt, capsys):
 --data demo --out file.txt/x | --out
 --data demo --out file.txt | --out
 --data photos --out photos/runs | --out photos/runs
+--data photos --eval g.pt --out photos/runs | --out photos/runs
 --data demo --eval GOOD --out file.txt | file.txt
 --frobnicate | --frobnicate
 --epochs | --epochs

@@ -342,19 +342,20 @@ class Run:
         try:
             saved, contents = dict(checkpoint["options"]), checkpoint["contents"]
             self.epoch, self.log = int(checkpoint["epoch"]), list(checkpoint["log"])
-            differing = [name for name, value in self.options().items() if saved[name] != value]
-            for name in self.STATEFUL if not differing else ():
+            for name, value in self.options().items():
+                if saved[name] != value:
+                    flag = "torchrun --nproc-per-node" if name == "processes" else f"--{name}"
+                    raise UsageError(f"{flag.replace('_', '-')} {value}: the run in {path.parent} "
+                                     f"has {saved[name]}; resume with that, or start another --out")
+            for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(checkpoint[name])
             for optimizer in (self.optimizer_g, self.optimizer_c):  # which does not look at shapes
                 if any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items()):
                     raise ValueError("moments of another shape")
+        except UsageError:
+            raise
         except Exception as error:
             raise misfit(path, error) from error
-        for name in differing:
-            flag = "torchrun --nproc-per-node" if name == "processes" else f"--{name}"
-            raise UsageError(f"{flag.replace('_', '-')} {getattr(self.args, name)}: the run in "
-                             f"{path.parent} has {saved[name]}; resume with that, or start another "
-                             "--out")
         done, epochs = self.epoch - self.args.pretrain_epochs, self.args.epochs
         if done > epochs:
             raise UsageError(f"--epochs {epochs}: the run in {path.parent} has done {done}; ask "
@@ -376,7 +377,8 @@ def parse_args(argv=None):
     add("--batch-size", type=number(int, 1), default=32, help="images a step, over all processes")
     add("--pretrain-epochs", type=number(int, 0), default=100, help="epochs of L1 alone")
     add("--epochs", type=number(int, 0), default=110, help="epochs of WGAN-GP after that")
-    add("--critic-steps", type=number(int, 1), default=1, help="critic steps a batch (WGAN-GP: 5)")
+    add("--critic-steps", type=number(int, 1), default=1,
+        help="critic steps a batch (WGAN-GP: 5, each on a batch of its own)")
     add("--generator-steps", type=number(int, 1), default=2,
         help="generator steps a batch (WGAN-GP: 1)")
     add("--lambda-l1", type=number(float, 0), default=300.0,
@@ -400,18 +402,21 @@ def parse_args(argv=None):
         help="start from this g.pt, of the same width, at any size and with any photographs")
     add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
     add("--eval", type=Path, metavar="CKPT",
-        help="evaluate this generator on the test part of --data, and train nothing")
+        help="evaluate this generator on the test part of --data, at its own size and seed")
     args = parser.parse_args(argv)
     if args.size % 16:
         parser.error(f"argument --size: must be a multiple of 16, not {args.size}")
     if args.pretrain_epochs + args.epochs == 0:
         parser.error("argument --epochs: 0, and --pretrain-epochs 0: nothing to train")
+    if args.data != "demo" and args.out.resolve().is_relative_to(Path(args.data).resolve()):
+        parser.error(f"--out {args.out}: lies in --data {args.data}, where its pictures would be "
+                     "taken for photographs; name another")
     return args
 
 
 # --- Training ------------------------------------------------------------------------------------
 
-def start_processes(args):
+def join_processes(args):
     """Join the processes of torchrun, if it started this one. Returns the device and the rank.
 
     Resolves --amp auto, since a run goes on with what it began with, and notes the number of
@@ -439,9 +444,6 @@ def check_options(args):
     """Raise UsageError for options that do not go together."""
     if not args.resume and any((args.out / name).exists() for name in ("log.csv", "last.pt")):
         raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another")
-    if args.data != "demo" and args.out.resolve().is_relative_to(Path(args.data).resolve()):
-        raise UsageError(f"--out {args.out}: lies in --data {args.data}, where its pictures would "
-                         "be taken for photographs; name another")
     if args.batch_size % args.processes:
         raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {args.processes} "
                          "processes")
@@ -523,11 +525,11 @@ def finish_epoch(run, photos, means, start):
 def train(args):
     """Train by the options, and report on the result."""
     # Setup
-    device, rank = start_processes(args)
+    device, rank = join_processes(args)
     check_options(args)
     torch.backends.cudnn.benchmark = True
     run, last, contents = Run(args, device), args.out / "last.pt", None
-    if last.exists():
+    if last.exists():  # with --resume: check_options refuses it without
         contents = run.load(last)
     elif args.init:
         run.start_from(args.init)
@@ -541,7 +543,7 @@ def train(args):
         open_out(args, photos)
 
     # Loop. All that is random follows from (seed, epoch): a resumed run needs no generator's state.
-    size, steps = args.batch_size, len(photos.train) // args.batch_size
+    batch, steps = args.batch_size, len(photos.train) // args.batch_size
     for epoch in range(run.epoch, args.pretrain_epochs + args.epochs):
         rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
         rows = photos.train[rng.permutation(len(photos.train))]
@@ -550,7 +552,8 @@ def train(args):
         history, start = [], time.perf_counter()
         for i in range(steps):
             run.set_learning_rate(learning_rate(args, epoch + (i + 0.5) / steps))
-            L, ab = photos.batch(rows[i * size : (i + 1) * size][rank :: args.processes], crop=True)
+            chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]
+            L, ab = photos.batch(chosen, crop=True)
             if epoch < args.pretrain_epochs:
                 terms = pretrain_step(run, L, ab)
             else:
@@ -558,9 +561,9 @@ def train(args):
             history.append(terms)  # on the device: no step waits for it
             update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
             if rank == 0:
-                rate = (i + 1) * size / (time.perf_counter() - start)
+                rate = (i + 1) * batch / (time.perf_counter() - start)
                 live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s, "
-                     f"{(steps - i - 1) * size / rate:.0f} s left in it")
+                     f"{(steps - i - 1) * batch / rate:.0f} s left in it")
         means = average_terms(history)
         run.check_finite(means, epoch)
         run.epoch = epoch + 1
