@@ -275,13 +275,13 @@ def colorize_all(args):
         except KeyboardInterrupt:
             stopped = True
             pool.shutdown(cancel_futures=True)  # those in hand are finished
-            for name, future in list(zip(todo, futures))[len(outcomes):]:
+            for name, future in list(zip(todo, futures))[len(outcomes) :]:
                 if not future.cancelled():
                     tell(name, future.result())
 
     # What became of it
-    for i in range(0, len(columns), COLUMNS):
-        draw_grid(columns[i : i + COLUMNS], pages[i // COLUMNS])
+    for page, i in zip(pages, range(0, len(columns), COLUMNS)):
+        draw_grid(columns[i : i + COLUMNS], page)
     failed = sum(outcome.error is not None for outcome in outcomes)
     psnrs = [outcome.psnr for outcome in outcomes if outcome.psnr is not None]
     mean = f", {np.mean(psnrs):.2f} dB on the {len(psnrs)} that had colour" if psnrs else ""
@@ -290,8 +290,7 @@ def colorize_all(args):
     say(f"{len(outcomes) - failed} colorized{mean}, {failed + len(errors)} failed{done}"
         + (f"; no pictures: {left}" if left else ""))
     if columns:
-        last = pages[(len(columns) - 1) // COLUMNS]
-        more = f" to {last.name}" if last != pages[0] else ""
+        more = f" to {page.name}" if page != pages[0] else ""
         say(f"the results are in {args.out}, {len(columns)} of them in {pages[0]}{more}")
     if stopped:
         say(f"stopped after {len(outcomes)} of {len(todo)}; --skip-existing goes on", sys.stderr)
