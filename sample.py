@@ -17,11 +17,10 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,17 +114,11 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
-class Outcome(NamedTuple):
-    """What became of one picture."""
-    error: str | None = None
-    psnr: float | None = None  # dB, of a picture that had colour
-    cells: list | None = None  # of its column in the grid
-
-
 def colorize_file(generator, size, source, target, shown):
-    """Read, colorize and write one picture, in a thread of its own. Returns an Outcome.
+    """Read, colorize and write one picture, in a thread of its own.
 
     target: from whether the picture has alpha to the output's path; shown: whether in the grid.
+    Returns why it failed, or None; the PSNR of colorize; and the cells of its column in the grid.
     """
     try:
         with open_picture(source) as header:
@@ -133,16 +126,16 @@ def colorize_file(generator, size, source, target, shown):
         with one_large if large else nullcontext():
             image, alpha, metadata = read_picture(source)
             result, psnr = colorize(generator, image, size)
-            cells = None
+            cells = []
             if shown:
                 real, made = cell(image), cell(result)
                 cells = [lightness(real), made] + ([] if psnr is None else [real])
             if alpha:
                 result.putalpha(alpha)
             write_picture(result, target(alpha is not None), metadata)
-        return Outcome(psnr=psnr, cells=cells)
+        return None, psnr, cells
     except Exception as error:  # a broken file can raise anything; no space, no memory
-        return Outcome((str(error) or type(error).__name__).splitlines()[0])
+        return (str(error) or type(error).__name__).splitlines()[0], None, []
 
 
 def write_picture(image, path, metadata):
@@ -157,18 +150,6 @@ def write_picture(image, path, metadata):
 
 
 # --- A folder of them ----------------------------------------------------------------------------
-
-def list_inputs(source):
-    """The folder that names are relative to, and what find_images finds there, or the one file.
-
-    Raises UsageError where there is no such file or folder.
-    """
-    if source.is_dir():
-        return source, *find_images(source)
-    if not source.is_file():
-        raise UsageError(f"input {source}: no such file or folder")
-    return source.parent, [Path(source.name)], {}, []
-
 
 def output_path(out, names, name, has_alpha):
     """Where the picture of that name goes: the same name, or with .png appended."""
@@ -188,10 +169,6 @@ def plan(args, folder, names):
     and the names that are left to do. Raises UsageError where --out is no folder, or an output
     would fall on an input or beside it.
     """
-    def inode(path):
-        with suppress(OSError):
-            return os.stat(path).st_dev, os.stat(path).st_ino
-
     out, target = args.out, partial(output_path, args.out, set(names))
     outputs = {target(name, has_alpha) for name in names for has_alpha in (False, True)}
     taken = outputs | {parent for path in outputs for parent in path.parents}
@@ -200,11 +177,11 @@ def plan(args, folder, names):
             if path not in taken and not (args.skip_existing and path.exists()))
     pages = list(islice(free, math.ceil(args.grid / COLUMNS)))
 
-    inputs = {inode(folder / name) for name in names} - {None}
+    inputs = {os.path.realpath(folder / name) for name in names}
     if not out.is_dir() and (out.exists() or out.suffix.lower() in SAVE):
         raise UsageError(f"out {out}: a file's name; name the folder that the results go to")
     for path in outputs | set(pages):
-        if inode(path) in inputs:
+        if os.path.realpath(path) in inputs:
             raise UsageError(f"out {out}: would overwrite the input {path}; name another")
     for parent in {path.parent for path in outputs} if args.input.is_dir() else ():
         if parent.resolve().is_relative_to(args.input.resolve()):
@@ -241,7 +218,12 @@ def colorize_all(args):
     # What to do
     device = pick_device(args.device)
     generator, info = load_generator(args.ckpt, device)
-    folder, names, others, errors = list_inputs(args.input)
+    if args.input.is_dir():
+        folder, (names, others, errors) = args.input, find_images(args.input)
+    elif args.input.is_file():
+        folder, names, others, errors = args.input.parent, [Path(args.input.name)], {}, []
+    else:
+        raise UsageError(f"input {args.input}: no such file or folder")
     target, pages, todo = plan(args, folder, names)
     if not names:
         say(f"{args.input}: no file with the suffix of a picture", sys.stderr)
@@ -249,59 +231,60 @@ def colorize_all(args):
         say(f"{error.filename}: not entered: {error.strerror}", sys.stderr)
 
     # Pictures, in threads: one a core, each with torch on that core; on a GPU two
-    outcomes, columns, stopped, start = [], [], False, time.perf_counter()
+    done, failed, psnrs, columns, stopped = 0, 0, [], [], False
+    start = time.perf_counter()
 
     def work(name, shown):
         return colorize_file(generator, info["size"], folder / name, partial(target, name), shown)
 
-    def tell(name, outcome):
-        outcomes.append(outcome._replace(cells=None))
-        if outcome.error:
-            say(f"{folder / name}: not colorized: {outcome.error}", sys.stderr)
-        if outcome.cells:
-            columns.append((name, outcome.cells))
-        if outcome.psnr is not None:
-            say(f"{name}: {outcome.psnr:.2f} dB")
-        rate = len(outcomes) / (time.perf_counter() - start)
-        live(f"{len(outcomes)}/{len(todo)}, {rate:.1f} images/s, "
-             f"{(len(todo) - len(outcomes)) / rate:.0f} s left")
+    def tell(name, error, psnr, cells):
+        nonlocal done, failed
+        done += 1
+        if error:
+            failed += 1
+            say(f"{folder / name}: not colorized: {error}", sys.stderr)
+        if psnr is not None:
+            psnrs.append(psnr)
+            say(f"{name}: {psnr:.2f} dB")
+        if cells:
+            columns.append((name, cells))
+        rate = done / (time.perf_counter() - start)
+        live(f"{done}/{len(todo)}, {rate:.1f} images/s, {(len(todo) - done) / rate:.0f} s left")
 
     workers = os.cpu_count() if device.type == "cpu" else 2
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(work, name, i < args.grid) for i, name in enumerate(todo)]
         try:
             for name, future in zip(todo, futures):
-                tell(name, future.result())
+                tell(name, *future.result())
         except KeyboardInterrupt:
             stopped = True
             pool.shutdown(cancel_futures=True)  # those in hand are finished
-            for name, future in list(zip(todo, futures))[len(outcomes) :]:
+            for name, future in list(zip(todo, futures))[done:]:
                 if not future.cancelled():
-                    tell(name, future.result())
+                    tell(name, *future.result())
 
     # What became of it
     for page, i in zip(pages, range(0, len(columns), COLUMNS)):
         draw_grid(columns[i : i + COLUMNS], page)
-    failed = sum(outcome.error is not None for outcome in outcomes)
-    psnrs = [outcome.psnr for outcome in outcomes if outcome.psnr is not None]
     mean = f", {np.mean(psnrs):.2f} dB on the {len(psnrs)} that had colour" if psnrs else ""
-    done = f", {len(names) - len(todo)} done before" if args.skip_existing else ""
+    before = f", {len(names) - len(todo)} done before" if args.skip_existing else ""
     left = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-    say(f"{len(outcomes) - failed} colorized{mean}, {failed + len(errors)} failed{done}"
+    say(f"{done - failed} colorized{mean}, {failed + len(errors)} failed{before}"
         + (f"; no pictures: {left}" if left else ""))
     if columns:
         more = f" to {page.name}" if page != pages[0] else ""
         say(f"the results are in {args.out}, {len(columns)} of them in {pages[0]}{more}")
     if stopped:
-        say(f"stopped after {len(outcomes)} of {len(todo)}; --skip-existing goes on", sys.stderr)
+        say(f"stopped after {done} of {len(todo)}; --skip-existing goes on", sys.stderr)
         return 130
     return 1 if failed or errors or not names else 0
 
 
 def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
-    parser = Parser(prog="sample.py", usage="python sample.py [options] input out",
-                    description=__doc__)
+    parser = Parser("sample.py", "python sample.py [options] input out", __doc__,
+                    formatter_class=Parser.Help)
     add = parser.add_argument
     add("input", type=Path, help="a picture, or a folder, sub-folders included")
     add("out", type=Path, help="folder for the colorized pictures and the grid")
@@ -316,9 +299,8 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run the command line. Returns the exit status: 0, 1 (failed), 2 (usage) or 130 (stopped)."""
     args = parse_args(argv)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, on odd files
-        return run_command("sample.py", lambda: colorize_all(args))
+    warnings.simplefilter("ignore")  # of Pillow, on odd files
+    return run_command("sample.py", lambda: colorize_all(args))
 
 
 if __name__ == "__main__":

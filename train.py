@@ -367,7 +367,7 @@ class Run:
 
 def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
-    parser = Parser(prog="train.py", usage="python train.py [options]", description=__doc__)
+    parser = Parser("train.py", "python train.py [options]", __doc__, formatter_class=Parser.Help)
     add = parser.add_argument
     add("--data", default=DEFAULT_DATA, metavar="DIR", help="folder of images; where the default "
         "does not exist, Flowers102 is downloaded into it; demo: crops of scikit-image's pictures")
