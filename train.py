@@ -89,26 +89,22 @@ def gradient_penalty(critic, L, real_ab, fake_ab):
 
 # --- Steps ---------------------------------------------------------------------------------------
 
-def average_gradients(network):
-    """Average the gradients over the processes of torchrun; a single process keeps its own.
+def average(tensors):
+    """Average each tensor, in place, over the processes of torchrun; a single one keeps its own.
 
-    By hand rather than DistributedDataParallel, which does not support the penalty's double
-    backward.
+    Of gradients too, since DistributedDataParallel does not support the penalty's double backward.
     """
     if dist.is_initialized():
-        gradients = [p.grad for p in network.parameters()]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
 
 
 def step(network, optimizer, loss, scaler):
     """Update one network by one loss. The scaler, enabled for float16 alone, skips overflows."""
     optimizer.zero_grad()
     scaler.scale(loss).backward()
-    average_gradients(network)
+    average(p.grad for p in network.parameters())
     scaler.step(optimizer)
     scaler.update()
 
@@ -121,9 +117,9 @@ def update_ema(ema, generator, updates, decay):
     evaluate its initial weights.
     """
     decay = min(decay, (1 + updates) / (10 + updates))
-    pairs = zip(ema.state_dict().values(), generator.state_dict().values())
-    averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-    torch._foreach_lerp_(averages, values, 1 - decay)
+    for mean, value in zip(ema.state_dict().values(), generator.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
 
 
 def pretrain_step(run, L, ab):
@@ -301,10 +297,6 @@ class Run:
         for network in (self.generator, self.ema):
             network.load_state_dict(generator.state_dict())
 
-    def set_learning_rate(self, rate):
-        for optimizer in (self.optimizer_g, self.optimizer_c):
-            optimizer.param_groups[0]["lr"] = rate
-
     def check_finite(self, means, epoch):
         """Raise FloatingPointError where the epoch's terms or the weights are not finite."""
         weights = [*self.generator.parameters(), *self.critic.parameters()]
@@ -315,10 +307,9 @@ class Run:
 
     def save(self, photos):
         """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epochs since."""
-        out, weights = self.args.out, {}
-        for name, value in self.ema.state_dict().items():
-            half = value.half() if value.is_floating_point() else value
-            weights[name] = half if half.isfinite().all() else value  # beyond 65504
+        out = self.args.out
+        weights = {name: value.half() if value.ndim > 1 else value  # statistics may pass 65504
+                   for name, value in self.ema.state_dict().items()}
         with replacing(out / "g.pt") as part:
             torch.save({"generator": weights, "size": self.args.size, "seed": self.args.seed,
                         "epoch": self.epoch, "options": self.options(),
@@ -349,9 +340,6 @@ class Run:
                                      f"has {saved[name]}; resume with that, or start another --out")
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(checkpoint[name])
-            for optimizer in (self.optimizer_g, self.optimizer_c):  # which does not look at shapes
-                if any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items()):
-                    raise ValueError("moments of another shape")
         except UsageError:
             raise
         except Exception as error:
@@ -440,20 +428,15 @@ def join_processes(args):
     return device, dist.get_rank() if launched else 0
 
 
-def check_options(args):
-    """Raise UsageError for options that do not go together."""
-    if not args.resume and any((args.out / name).exists() for name in ("log.csv", "last.pt")):
-        raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another")
-    if args.batch_size % args.processes:
-        raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {args.processes} "
-                         "processes")
-
-
 def load_photos(args, device, epoch):
     """The photographs. The first process of each machine decodes, then the others read its cache.
 
-    Raises UsageError where the processes do not see the same images, or not the same last.pt.
+    Raises UsageError for a batch that does not fit them or the processes, and where these do not
+    see the same images, or not the same last.pt.
     """
+    if args.batch_size % args.processes:
+        raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {args.processes} "
+                         "processes")
     first = args.processes == 1 or os.environ["LOCAL_RANK"] == "0"
     if not first:
         dist.barrier()
@@ -487,16 +470,6 @@ def open_out(args, photos):
         f"images, on {photos.device}")
 
 
-def average_terms(history):
-    """Means over the steps of an epoch, and over the processes; waits for the device."""
-    means = {name: torch.stack([terms[name] for terms in history]).mean() for name in history[0]}
-    if dist.is_initialized():
-        for mean in means.values():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-    return {name: mean.item() for name, mean in means.items()}
-
-
 def finish_epoch(run, photos, means, start):
     """Evaluate, log, print a line, draw and save. On one process alone."""
     args, total = run.args, run.args.pretrain_epochs + run.args.epochs
@@ -526,10 +499,9 @@ def train(args):
     """Train by the options, and report on the result."""
     # Setup
     device, rank = join_processes(args)
-    check_options(args)
     torch.backends.cudnn.benchmark = True
     run, last, contents = Run(args, device), args.out / "last.pt", None
-    if last.exists():  # with --resume: check_options refuses it without
+    if args.resume and last.exists():
         contents = run.load(last)
     elif args.init:
         run.start_from(args.init)
@@ -551,7 +523,8 @@ def train(args):
         run.generator.train()
         history, start = [], time.perf_counter()
         for i in range(steps):
-            run.set_learning_rate(learning_rate(args, epoch + (i + 0.5) / steps))
+            for optimizer in (run.optimizer_g, run.optimizer_c):
+                optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (i + 0.5) / steps)
             chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]
             L, ab = photos.batch(chosen, crop=True)
             if epoch < args.pretrain_epochs:
@@ -564,7 +537,9 @@ def train(args):
                 rate = (i + 1) * batch / (time.perf_counter() - start)
                 live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s, "
                      f"{(steps - i - 1) * batch / rate:.0f} s left in it")
-        means = average_terms(history)
+        means = {name: torch.stack([terms[name] for terms in history]).mean() for name in terms}
+        average(means.values())
+        means = {name: mean.item() for name, mean in means.items()}  # waits for the device
         run.check_finite(means, epoch)
         run.epoch = epoch + 1
         if rank == 0:
