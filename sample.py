@@ -114,10 +114,9 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
-def colorize_file(generator, size, source, target, shown):
-    """Read, colorize and write one picture, in a thread of its own.
+def colorize_file(generator, size, source, path, shown):
+    """Read, colorize and write one picture, in a thread of its own; shown: whether in the grid.
 
-    target: from whether the picture has alpha to the output's path; shown: whether in the grid.
     Returns why it failed, or None; the PSNR of colorize; and the cells of its column in the grid.
     """
     try:
@@ -125,6 +124,8 @@ def colorize_file(generator, size, source, target, shown):
             large = header.width * header.height > LARGE
         with one_large if large else nullcontext():
             image, alpha, metadata = read_picture(source)
+            if alpha and path.suffix.lower() in NO_ALPHA:
+                raise ValueError(f"has alpha, for which {path.suffix} has no place; save it as PNG")
             result, psnr = colorize(generator, image, size)
             cells = []
             if shown:
@@ -132,7 +133,7 @@ def colorize_file(generator, size, source, target, shown):
                 cells = [lightness(real), made] + ([] if psnr is None else [real])
             if alpha:
                 result.putalpha(alpha)
-            write_picture(result, target(alpha is not None), metadata)
+            write_picture(result, path, metadata)
         return None, psnr, cells
     except Exception as error:  # a broken file can raise anything; no space, no memory
         return (str(error) or type(error).__name__).splitlines()[0], None, []
@@ -151,27 +152,19 @@ def write_picture(image, path, metadata):
 
 # --- A folder of them ----------------------------------------------------------------------------
 
-def output_path(out, names, name, has_alpha):
-    """Where the picture of that name goes: the same name, or with .png appended."""
-    suffix = name.suffix.lower()
-    if suffix in SAVE and not (has_alpha and suffix in NO_ALPHA):
-        return out / name
-    name = name.with_name(name.name + ".png")
-    while name in names:
-        name = name.with_name(name.name + ".png")
-    return out / name
-
-
 def plan(args, folder, names):
-    """Where everything goes.
+    """Where everything goes: a dict from name to path, and the paths of the grid's pages.
 
-    Returns target, from a name and whether it has alpha to a path; the paths of the grid's pages;
-    and the names that are left to do. Raises UsageError where --out is no folder, or an output
-    would fall on an input or beside it.
+    A picture keeps its name, or gets .png appended. Raises UsageError where out is no folder, or
+    an output would fall on an input or beside it.
     """
-    out, target = args.out, partial(output_path, args.out, set(names))
-    outputs = {target(name, has_alpha) for name in names for has_alpha in (False, True)}
-    taken = outputs | {parent for path in outputs for parent in path.parents}
+    out, outputs, known = args.out, {}, set(names)
+    for name in names:
+        target = name
+        while target.suffix.lower() not in SAVE or target != name and target in known:
+            target = target.with_name(target.name + ".png")
+        outputs[name] = out / target
+    taken = {part for path in outputs.values() for part in (path, *path.parents)}
     numbered = chain([out / "grid.png"], (out / f"grid-{i}.png" for i in count(2)))
     free = (path for path in numbered
             if path not in taken and not (args.skip_existing and path.exists()))
@@ -180,16 +173,14 @@ def plan(args, folder, names):
     inputs = {os.path.realpath(folder / name) for name in names}
     if not out.is_dir() and (out.exists() or out.suffix.lower() in SAVE):
         raise UsageError(f"out {out}: a file's name; name the folder that the results go to")
-    for path in outputs | set(pages):
+    for path in [*outputs.values(), *pages]:
         if os.path.realpath(path) in inputs:
             raise UsageError(f"out {out}: would overwrite the input {path}; name another")
-    for parent in {path.parent for path in outputs} if args.input.is_dir() else ():
+    for parent in {path.parent for path in outputs.values()} if args.input.is_dir() else ():
         if parent.resolve().is_relative_to(args.input.resolve()):
             raise UsageError(f"out {out}: {parent} lies in the input folder; name one outside "
                              f"{args.input}")
-    todo = [name for name in names if not (args.skip_existing and any(
-        os.path.exists(target(name, has_alpha)) for has_alpha in (False, True)))]
-    return target, pages, todo
+    return outputs, pages
 
 
 def draw_grid(columns, path):
@@ -224,7 +215,8 @@ def colorize_all(args):
         folder, names, others, errors = args.input.parent, [Path(args.input.name)], {}, []
     else:
         raise UsageError(f"input {args.input}: no such file or folder")
-    target, pages, todo = plan(args, folder, names)
+    outputs, pages = plan(args, folder, names)
+    todo = [name for name in names if not (args.skip_existing and os.path.exists(outputs[name]))]
     if not names:
         say(f"{args.input}: no file with the suffix of a picture", sys.stderr)
     for error in errors:
@@ -233,9 +225,6 @@ def colorize_all(args):
     # Pictures, in threads: one a core, each with torch on that core; on a GPU two
     done, failed, psnrs, columns, stopped = 0, 0, [], [], False
     start = time.perf_counter()
-
-    def work(name, shown):
-        return colorize_file(generator, info["size"], folder / name, partial(target, name), shown)
 
     def tell(name, error, psnr, cells):
         nonlocal done, failed
@@ -253,7 +242,8 @@ def colorize_all(args):
 
     workers = os.cpu_count() if device.type == "cpu" else 2
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(work, name, i < args.grid) for i, name in enumerate(todo)]
+        futures = [pool.submit(colorize_file, generator, info["size"], folder / name, outputs[name],
+                               i < args.grid) for i, name in enumerate(todo)]
         try:
             for name, future in zip(todo, futures):
                 tell(name, *future.result())

@@ -277,7 +277,6 @@ PICTURES = {  # name: its file, what its lightness is to be, its alpha
     "rgba.png": (saved(RGBA, "PNG"), COLOUR, MASK),
     "rgba.webp": (saved(RGBA, "WEBP", lossless=True, exact=True), COLOUR, MASK),
     "rgba.tif": (saved(RGBA, "TIFF"), COLOUR, MASK),
-    "png-inside.bmp": (saved(RGBA, "PNG"), COLOUR, MASK),
     "cmyk.tif": (saved(COLOUR.convert("CMYK"), "TIFF"), COLOUR, None),
     "cmyk.jpg": (saved(COLOUR.convert("CMYK"), "JPEG", quality=100), COLOUR, None),
     "lab.tif": (saved(ImageCms.profileToProfile(COLOUR, *map(ImageCms.createProfile, (
@@ -311,10 +310,9 @@ PICTURES = {  # name: its file, what its lightness is to be, its alpha
 def test_every_kind_of_picture_keeps_its_lightness_and_alpha(name, ckpt):
     blob, expected, alpha = PICTURES[name]
     Path(name).write_bytes(blob)
-    keeps = Path(name).suffix in sample.SAVE and name != "png-inside.bmp"
     assert sample.main(["--ckpt", ckpt, name, "out", "--grid", "0"]) == 0
     (path,) = Path("out").iterdir()
-    assert path.name == (name if keeps else f"{name}.png")
+    assert path.name == (name if Path(name).suffix in sample.SAVE else f"{name}.png")
     with Image.open(path) as result:
         result.load()
     assert result.size == expected.size and not result.getexif().get(0x0112)
@@ -348,6 +346,12 @@ def test_a_picture_that_cannot_be_read_right_is_refused_by_name(blob, ckpt, refu
     Path("a.tif").write_bytes(blob)
     refused(sample.main, ["--ckpt", ckpt, "a.tif", "out"], "a.tif: not colorized: ", status=1)
     assert not data.decode(Path("a.tif"), 16).any()
+
+
+def test_alpha_that_the_format_cannot_keep_is_refused_by_name(ckpt, refused):
+    for name in ("a.jpg", "a.bmp"):
+        RGBA.save(name, "PNG")
+        refused(sample.main, ["--ckpt", ckpt, name, "out"], name, "has alpha", status=1)
 
 
 def test_one_limit_of_pixels_holds_everywhere(monkeypatch, ckpt):
@@ -1371,13 +1375,12 @@ def test_grid_pages(ckpt, capsys):
 
 def test_no_two_inputs_share_an_output(ckpt):
     Path("in").mkdir()
-    RGBA.save("in/a.jpg", "PNG")  # its alpha does not survive in a JPEG
     Path("in/grid-2.png").mkdir()
     for name in ("a.gif", "a.gif.png", "a.png", "grid.png", "grid-2.png/a.png"):
         GREY.save(Path("in", name))
     assert sample.main(["--ckpt", ckpt, "in", "out"]) == 0
     assert sorted(tree("out")) == [
-        "out/a.gif.png", "out/a.gif.png.png", "out/a.jpg.png", "out/a.png", "out/grid-2.png/a.png",
+        "out/a.gif.png", "out/a.gif.png.png", "out/a.png", "out/grid-2.png/a.png",
         "out/grid-3.png", "out/grid.png"]
 
 
@@ -1388,11 +1391,11 @@ def test_a_linked_input_is_never_overwritten(ckpt, refused):
     GREY.save("out/grid-2.png")
     Path("in/link.png").symlink_to(Path("out/grid-2.png").resolve())
     refused(sample.main, ["--ckpt", ckpt, "in", "out"], "would overwrite the input out/grid-2.png")
-    COLOUR.save("in/b.jpg")
-    GREY.save("out/b.jpg.png")  # where b.jpg goes, should it have alpha
+    COLOUR.save("in/b.gif")
+    GREY.save("out/b.gif.png")
     Path("in/link.png").unlink()
-    Path("in/link.png").symlink_to(Path("out/b.jpg.png").resolve())
-    refused(sample.main, ["--ckpt", ckpt, "in", "out"], "would overwrite the input out/b.jpg.png")
+    Path("in/link.png").symlink_to(Path("out/b.gif.png").resolve())
+    refused(sample.main, ["--ckpt", ckpt, "in", "out"], "would overwrite the input out/b.gif.png")
     Path("other").mkdir()
     Path("other/a").symlink_to(Path("in").resolve())
     refused(sample.main, ["--ckpt", ckpt, "in", "other"], "other/a lies in the input folder")
@@ -1400,7 +1403,7 @@ def test_a_linked_input_is_never_overwritten(ckpt, refused):
 
 def test_skip_existing_goes_on_after_ctrl_c(ckpt, capsys, monkeypatch):
     make_photos("in", 6)
-    RGBA.save("in/z.bmp", "PNG")  # goes to z.bmp.png
+    GREY.save("in/z.gif")  # goes to z.gif.png
     seen, colorize_file = [], sample.colorize_file
     def interrupted(*args):
         seen.append(args)
