@@ -520,7 +520,6 @@ def train(args):
         rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
         rows = photos.train[rng.permutation(len(photos.train))]
         torch.manual_seed(int(rng.integers(2**32)) + rank)  # crops and mixes: their own on each
-        run.generator.train()
         history, start = [], time.perf_counter()
         for i in range(steps):
             for optimizer in (run.optimizer_g, run.optimizer_c):
