@@ -152,16 +152,24 @@ def write_picture(image, path, metadata):
 
 # --- A folder of them ----------------------------------------------------------------------------
 
-def plan(args, folder, names):
-    """Where everything goes: a dict from name to path, and the paths of the grid's pages.
+def plan(args):
+    """Where everything is and goes; a picture keeps its name, or gets .png appended.
 
-    A picture keeps its name, or gets .png appended. Raises UsageError where out is no folder, or
-    an output would fall on an input or beside it.
+    Returns the folder that names are relative to; the outputs' paths by name; the paths of the
+    grid's pages; and what else find_images says. Raises UsageError where the input is not there,
+    out is no folder, or an output would fall on an input or beside it.
     """
+    if args.input.is_dir():
+        folder, (names, others, errors) = args.input, find_images(args.input)
+    elif args.input.is_file():
+        folder, names, others, errors = args.input.parent, [Path(args.input.name)], {}, []
+    else:
+        raise UsageError(f"input {args.input}: no such file or folder")
+
     out, outputs, known = args.out, {}, set(names)
     for name in names:
         target = name
-        while target.suffix.lower() not in SAVE or target != name and target in known:
+        while target.suffix.lower() not in SAVE or (target in known and target != name):
             target = target.with_name(target.name + ".png")
         outputs[name] = out / target
     taken = {part for path in outputs.values() for part in (path, *path.parents)}
@@ -180,7 +188,7 @@ def plan(args, folder, names):
         if parent.resolve().is_relative_to(args.input.resolve()):
             raise UsageError(f"out {out}: {parent} lies in the input folder; name one outside "
                              f"{args.input}")
-    return outputs, pages
+    return folder, outputs, pages, others, errors
 
 
 def draw_grid(columns, path):
@@ -209,15 +217,10 @@ def colorize_all(args):
     # What to do
     device = pick_device(args.device)
     generator, info = load_generator(args.ckpt, device)
-    if args.input.is_dir():
-        folder, (names, others, errors) = args.input, find_images(args.input)
-    elif args.input.is_file():
-        folder, names, others, errors = args.input.parent, [Path(args.input.name)], {}, []
-    else:
-        raise UsageError(f"input {args.input}: no such file or folder")
-    outputs, pages = plan(args, folder, names)
-    todo = [name for name in names if not (args.skip_existing and os.path.exists(outputs[name]))]
-    if not names:
+    folder, outputs, pages, others, errors = plan(args)
+    todo = [name for name, path in outputs.items()
+            if not (args.skip_existing and os.path.exists(path))]
+    if not outputs:
         say(f"{args.input}: no file with the suffix of a picture", sys.stderr)
     for error in errors:
         say(f"{error.filename}: not entered: {error.strerror}", sys.stderr)
@@ -258,7 +261,7 @@ def colorize_all(args):
     for page, i in zip(pages, range(0, len(columns), COLUMNS)):
         draw_grid(columns[i : i + COLUMNS], page)
     mean = f", {np.mean(psnrs):.2f} dB on the {len(psnrs)} that had colour" if psnrs else ""
-    before = f", {len(names) - len(todo)} done before" if args.skip_existing else ""
+    before = f", {len(outputs) - len(todo)} done before" if args.skip_existing else ""
     left = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     say(f"{done - failed} colorized{mean}, {failed + len(errors)} failed{before}"
         + (f"; no pictures: {left}" if left else ""))
@@ -268,7 +271,7 @@ def colorize_all(args):
     if stopped:
         say(f"stopped after {done} of {len(todo)}; --skip-existing goes on", sys.stderr)
         return 130
-    return 1 if failed or errors or not names else 0
+    return 1 if failed or errors or not outputs else 0
 
 
 def parse_args(argv=None):
