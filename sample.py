@@ -62,7 +62,7 @@ def colorize(generator, image, size):
     """Join an image's lightness with the colour that the network predicts for it.
 
     image: as read_picture returns it, L or RGB of any size; size: the network's. Returns an RGB
-    image of that size, and its PSNR (dB, 8-bit RGB) against the image, or None where that has no
+    image as large as image, and its PSNR (dB, 8-bit RGB) against it, or None where that has no
     colour. In strips: beside the result, memory does not grow with the picture.
     """
     squashed = image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
@@ -156,8 +156,8 @@ def plan(args):
     """Where everything is and goes; a picture keeps its name, or gets .png appended.
 
     Returns the folder that names are relative to; the outputs' paths by name; the paths of the
-    grid's pages; and what else find_images says. Raises UsageError where the input is not there,
-    out is no folder, or an output would fall on an input or beside it.
+    grid's pages; and, as find_images has them, other files and errors. Raises UsageError where the
+    input is not there, out is no folder, or an output would fall on an input or beside it.
     """
     if args.input.is_dir():
         folder, (names, others, errors) = args.input, find_images(args.input)
@@ -172,20 +172,23 @@ def plan(args):
         while target.suffix.lower() not in SAVE or (target in known and target != name):
             target = target.with_name(target.name + ".png")
         outputs[name] = out / target
+    # A page's name may be a picture's, or that of a folder with pictures.
     taken = {part for path in outputs.values() for part in (path, *path.parents)}
     numbered = chain([out / "grid.png"], (out / f"grid-{i}.png" for i in count(2)))
     free = (path for path in numbered
             if path not in taken and not (args.skip_existing and path.exists()))
     pages = list(islice(free, math.ceil(args.grid / COLUMNS)))
 
-    inputs = {os.path.realpath(folder / name) for name in names}
+    # By number, since a folder may have two names: in other case, by a link, by another mount.
+    inputs = {os.stat(folder / name)[1:3] for name in names if os.path.exists(folder / name)}
     if not out.is_dir() and (out.exists() or out.suffix.lower() in SAVE):
         raise UsageError(f"out {out}: a file's name; name the folder that the results go to")
     for path in [*outputs.values(), *pages]:
-        if os.path.realpath(path) in inputs:
+        if os.path.exists(path) and os.stat(path)[1:3] in inputs:
             raise UsageError(f"out {out}: would overwrite the input {path}; name another")
     for parent in {path.parent for path in outputs.values()} if args.input.is_dir() else ():
-        if parent.resolve().is_relative_to(args.input.resolve()):
+        above = (parent.resolve(), *parent.resolve().parents)
+        if any(path.exists() and path.samefile(args.input) for path in above):
             raise UsageError(f"out {out}: {parent} lies in the input folder; name one outside "
                              f"{args.input}")
     return folder, outputs, pages, others, errors
