@@ -71,7 +71,7 @@ def lab_to_rgb(lab, keep_lightness=False):
     """
     L, a, b = lab.unbind(1)
     y = (L + 16) / 116
-    f = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], 1)  # no negative Z, as there
+    f = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], 1)  # no negative Z, as scikit-image
     xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
     linear = _multiply(RGB_FROM_XYZ * WHITE, xyz)
     if keep_lightness:
@@ -463,13 +463,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(kind, low, high=10**9):
+def number(kind, low, high=10**6):
     """An argparse type: an int or float from low to high."""
     def number(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
+    number.__name__ = kind.__name__  # for argparse's own message: invalid int value
     return number
 
 
@@ -484,19 +485,18 @@ def run_command(program, work, stopped=""):
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         return work() or 0
-    except UsageError as error:
-        line, status = f"{program}: error: {error}", 2
-    except (OSError, FloatingPointError) as error:
-        line, status = f"{program}: error: {error}", 1
+    except (UsageError, OSError, FloatingPointError) as error:
+        line, status = f"{program}: error: {error}", 2 if isinstance(error, UsageError) else 1
     except (MemoryError, RuntimeError) as error:
+        if "by peer" in str(error):  # another process has failed, and said why
+            return 1
         if isinstance(error, RuntimeError) and not re.search("(of|allocate) memory", str(error)):
             raise
         line, status = f"{program}: error: out of memory; lower --batch-size, --width or --size", 1
     except KeyboardInterrupt:
         line, status = f"stopped{stopped}", 130
-    with suppress(OSError):
-        say(line, sys.stderr)
     try:
+        say(line, sys.stderr)
         sys.stdout.flush()
     except (OSError, AttributeError):  # a closed pipe or a full disk: Python would say it again
         sys.stdout = open(os.devnull, "w")

@@ -38,7 +38,8 @@ from models import (
 )
 
 SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
-MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}  # resume
+# What may differ from the run that --resume goes on with.
+MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
 
 
 # --- Losses --------------------------------------------------------------------------------------
@@ -298,10 +299,10 @@ class Run:
             network.load_state_dict(generator.state_dict())
 
     def check_finite(self, means, epoch):
-        """Raise FloatingPointError where the epoch's terms or the weights are not finite."""
+        """Raise FloatingPointError for terms that are not finite, or weights beyond float16."""
         weights = [*self.generator.parameters(), *self.critic.parameters()]
         if not (all(map(math.isfinite, means.values()))
-                and all(weight.isfinite().all() for weight in weights)):
+                and all(weight.half().isfinite().all() for weight in weights)):  # as in g.pt
             raise FloatingPointError(f"epoch {epoch + 1} diverged ({means}); nothing of it was "
                                      "saved; try a lower --lr or --pretrain-lr")
 
@@ -340,6 +341,9 @@ class Run:
                                      f"has {saved[name]}; resume with that, or start another --out")
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(checkpoint[name])
+            for optimizer in (self.optimizer_g, self.optimizer_c):  # which does not look at shapes
+                if any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items()):
+                    raise ValueError("moments of another shape")
         except UsageError:
             raise
         except Exception as error:
@@ -498,10 +502,13 @@ def finish_epoch(run, photos, means, start):
 def train(args):
     """Train by the options, and report on the result."""
     # Setup
+    kept = [args.out / name for name in ("log.csv", "last.pt", "g.pt")]
+    if not args.resume and any(path.exists() for path in kept):
+        raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another")
     device, rank = join_processes(args)
     torch.backends.cudnn.benchmark = True
     run, last, contents = Run(args, device), args.out / "last.pt", None
-    if args.resume and last.exists():
+    if last.exists():  # and --resume
         contents = run.load(last)
     elif args.init:
         run.start_from(args.init)
@@ -536,7 +543,7 @@ def train(args):
                 rate = (i + 1) * batch / (time.perf_counter() - start)
                 live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s, "
                      f"{(steps - i - 1) * batch / rate:.0f} s left in it")
-        means = {name: torch.stack([terms[name] for terms in history]).mean() for name in terms}
+        means = {name: torch.stack([t[name] for t in history]).mean() for name in history[0]}
         average(means.values())
         means = {name: mean.item() for name, mean in means.items()}  # waits for the device
         run.check_finite(means, epoch)
