@@ -950,7 +950,7 @@ def test_a_run_is_not_overwritten(refused, capsys, monkeypatch):
     for name in ("log.csv", "last.pt", "g.pt"):  # each alone marks the folder
         Path(name).mkdir()
         Path(name, name).touch()
-        refused(train_py, f"{PRE} --out {name}", f"--out {name}: holds a run", "--resume")
+        refused(train_py, f"{PRE} --out {name}", f"--out {name}: holds the {name}", "--resume")
     assert train_py(f"{PRE} --out log.csv --resume") == 0  # killed before its first save
     load_photos = train.load_photos
     def late(*args):

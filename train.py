@@ -502,9 +502,10 @@ def finish_epoch(run, photos, means, start):
 def train(args):
     """Train by the options, and report on the result."""
     # Setup
-    kept = [args.out / name for name in ("log.csv", "last.pt", "g.pt")]
-    if not args.resume and any(path.exists() for path in kept):
-        raise UsageError(f"--out {args.out}: holds a run; go on with --resume, or name another")
+    for name in ("log.csv", "last.pt", "g.pt"):
+        if (args.out / name).exists() and not args.resume:
+            raise UsageError(f"--out {args.out}: holds the {name} of a run; go on with --resume, or "
+                             "name another")
     device, rank = join_processes(args)
     torch.backends.cudnn.benchmark = True
     run, last, contents = Run(args, device), args.out / "last.pt", None
