@@ -1096,7 +1096,8 @@ def test_two_processes_share_each_batch_and_stay_bit_identical():
 
 
 @pytest.mark.parametrize("folder, message", [
-    ("photos", "--data photos, --out runs: not the same images"), ("none", "--data none: no folder")])
+    ("photos", "--data photos, --out runs: not the same images"),
+    ("none", "--data none: no folder")])
 def test_processes_that_see_other_images_or_none_are_refused(folder, message):
     for rank in "01":
         make_photos(f"{rank}/photos", 20)

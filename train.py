@@ -504,8 +504,8 @@ def train(args):
     # Setup
     for name in ("log.csv", "last.pt", "g.pt"):
         if (args.out / name).exists() and not args.resume:
-            raise UsageError(f"--out {args.out}: holds the {name} of a run; go on with --resume, or "
-                             "name another")
+            raise UsageError(f"--out {args.out}: holds the {name} of a run; --resume goes on with "
+                             "it, or name another")
     device, rank = join_processes(args)
     torch.backends.cudnn.benchmark = True
     run, last, contents = Run(args, device), args.out / "last.pt", None
