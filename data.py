@@ -71,7 +71,7 @@ def lab_to_rgb(lab, keep_lightness=False):
     """
     L, a, b = lab.unbind(1)
     y = (L + 16) / 116
-    f = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], 1)  # Z, as in scikit-image
+    f = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], 1)  # Z >= 0 as in skimage
     xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
     linear = _multiply(RGB_FROM_XYZ * WHITE, xyz)
     if keep_lightness:
