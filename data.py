@@ -465,13 +465,13 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=10**6):
     """An argparse type: an int or float from low to high."""
-    def number(text):
+    def parse(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
-    number.__name__ = kind.__name__  # for argparse's own message: invalid int value
-    return number
+    parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
+    return parse
 
 
 def run_command(program, work, stopped=""):
@@ -488,11 +488,12 @@ def run_command(program, work, stopped=""):
     except (UsageError, OSError, FloatingPointError) as error:
         line, status = f"{program}: error: {error}", 2 if isinstance(error, UsageError) else 1
     except (MemoryError, RuntimeError) as error:
-        if "by peer" in str(error):  # another process has failed, and said why
-            return 1
-        if isinstance(error, RuntimeError) and not re.search("(of|allocate) memory", str(error)):
+        reason = "out of memory; lower --batch-size, --width or --size"
+        if "by peer" in str(error):  # what gloo says when a process of torchrun ends
+            reason = "another process has failed; its own line says why"
+        elif isinstance(error, RuntimeError) and not re.search("(of|allocate) memory", str(error)):
             raise
-        line, status = f"{program}: error: out of memory; lower --batch-size, --width or --size", 1
+        line, status = f"{program}: error: {reason}", 1
     except KeyboardInterrupt:
         line, status = f"stopped{stopped}", 130
     try:
