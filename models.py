@@ -5,10 +5,11 @@
 Ronneberger et al. 2015, U-Net (arXiv:1505.04597); Isola et al. 2018, pix2pix (arXiv:1611.07004);
 Gulrajani et al. 2017, Improved Training of Wasserstein GANs (arXiv:1704.00028).
 """
-import warnings
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from data import UsageError
 
@@ -41,6 +42,7 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """The generator: lightness in, colour out (Ronneberger et al. 2015, figure 1, padded).
 
+    It standardizes its input: how faded or contrasty a print is says nothing of its colours.
     width: channels of the first block; the others have 2, 4, 8 and 16 times as many.
     """
 
@@ -60,12 +62,8 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, L):
-        """L: (N, 1, H, W) in [-1, 1], H and W multiples of 16. Returns ab (N, 2, H, W) in [-1, 1].
-
-        Raises ValueError for other sides.
-        """
-        if L.shape[2] % 16 or L.shape[3] % 16:
-            raise ValueError(f"sides must be multiples of 16, not {tuple(L.shape[2:])}")
+        """L: (N, 1, H, W), H and W multiples of 16. Returns ab (N, 2, H, W) in [-1, 1]."""
+        L = F.instance_norm(L)                       # so its answer to a * L + b is that to L
         x1 = self.down1(L)                           # (N, w, H, W)
         x2 = self.down2(self.pool(x1))               # (N, 2w, H/2, W/2)
         x3 = self.down3(self.pool(x2))               # (N, 4w, H/4, W/4)
@@ -100,12 +98,7 @@ class PatchCritic(nn.Module):
         self.apply(init_normal)
 
     def forward(self, lab):
-        """lab: (N, 3, H, W), scaled to [-1, 1], sides from 32. Returns (N, 1, H/8 - 3, W/8 - 3).
-
-        Raises ValueError for smaller sides.
-        """
-        if min(lab.shape[2:]) < 32:
-            raise ValueError(f"sides must be at least 32, not {tuple(lab.shape[2:])}")
+        """lab: (N, 3, H, W), scaled to [-1, 1], sides from 32. Returns (N, 1, H/8 - 3, W/8 - 3)."""
         return self.layers(lab)
 
 
@@ -117,75 +110,57 @@ def init_normal(module):
             nn.init.zeros_(module.bias)
 
 
-def load_checkpoint(path, key):
-    """Read a checkpoint of train.py on the CPU, without running code from it.
-
-    key: what it must hold, "size" (g.pt) or "optimizer_g" (last.pt). Raises UsageError where
-    the file is missing, cut off, no checkpoint or of the other kind.
-    """
+def load_checkpoint(path):
+    """Read a checkpoint on the CPU, without running code from it. Raises UsageError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, on damaged files
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        raise UsageError(f"{path}: cut off, or no checkpoint; use a whole one") from error
-    if not isinstance(checkpoint, dict) or key not in checkpoint:
-        raise UsageError(f"{path}: a checkpoint of another kind; --ckpt, --eval and --init take "
-                         "train.py's g.pt, --resume its last.pt")
-    return checkpoint
+        reason = getattr(error, "strerror", None) or "cut off, or no checkpoint; use a whole one"
+        raise UsageError(f"{path}: {reason}") from error
+
+
+@contextmanager
+def fitting(path):
+    """UsageError for whatever a checkpoint raises that is damaged, or was made by other code."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{path}: does not fit this code, or is damaged "
+                         f"({' '.join(str(error).split())[:150]}); use the code that made it, or "
+                         "train anew with another --out") from error
 
 
 def load_generator(path, device):
     """Rebuild the generator that train.py wrote to g.pt.
 
-    Returns the UNet, float32 in eval mode on device, and a dict of what else is known of it: size,
-    seed, epoch, options, test_means. Raises UsageError for a file that is no such checkpoint.
+    Returns the UNet, float32 in eval mode on device, and a dict of what else is known: size (of the
+    network's pictures), history (a dict of options and epoch for each run that led to it, its own
+    the last) and test_means (of Photos). Raises UsageError for a file that is no such checkpoint.
     """
-    checkpoint = load_checkpoint(path, "size")
-    try:
+    checkpoint = load_checkpoint(path)
+    with fitting(path):
         state = checkpoint["generator"]
+        width = state["down1.0.weight"].shape[0]
         with torch.device("meta"):  # shapes alone: a damaged width costs no memory
-            generator = UNet(state["down1.0.weight"].shape[0])
-        generator.load_state_dict(state, assign=True)
-        if not all(value.isfinite().all() for value in state.values()):
-            raise ValueError("weights that are not finite")
-        info = {name: int(checkpoint[name]) for name in ("size", "seed", "epoch")}
-        if not (32 <= info["size"] <= 1024 and 0 <= info["seed"] < 2**32):
-            raise ValueError("an impossible size or seed")
-        info |= {"options": dict(checkpoint["options"]),
-                 "test_means": torch.tensor(checkpoint["test_means"])}
-        generator = to_device(generator.float(), device)
-    except Exception as error:
-        raise misfit(path, error) from error
-    return generator.eval().requires_grad_(False), info
-
-
-def misfit(path, error):
-    """The UsageError for a checkpoint that is damaged, or was made by other code."""
-    reason = " ".join(str(error).split())[:150]
-    return UsageError(f"{path}: does not fit this code, or is damaged ({reason}); use the code "
-                      "that made it, or train anew with another --out")
+            UNet(width).load_state_dict(state, assign=True)
+        generator = UNet(width)
+        generator.load_state_dict(state)
+        info = {name: checkpoint[name] for name in ("size", "history", "test_means")}
+    return to_device(generator, device).eval().requires_grad_(False), info
 
 
 def to_device(network, device):
-    """Move a network; channels_last, the faster layout, except on MPS, where it has crashed."""
+    """Move a network; channels_last is the faster layout, but has crashed on MPS."""
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return network.to(device, memory_format=layout)
 
 
 def pick_device(name):
-    """torch.device for --device; auto takes CUDA, then MPS, then the CPU.
-
-    Raises UsageError for a device that is not there.
-    """
+    """torch.device for --device; auto: the accelerator, or else the CPU. Raises UsageError."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+        found = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if found else "cpu"
     try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("unknown")
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # torch has many ways to say so
         raise UsageError(f"--device {name}: not on this machine; try --device auto") from error

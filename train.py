@@ -1,4 +1,4 @@
-"""Train the colorizer: L1 pre-training, then WGAN-GP; or evaluate a checkpoint.
+"""Train the colorizer: L1 pre-training, then WGAN-GP; or evaluate checkpoints.
 
     python train.py --epochs 110 --size 128
     torchrun --nproc-per-node 2 train.py --epochs 110 --size 128
@@ -7,19 +7,13 @@
 Isola et al. 2018, pix2pix (arXiv:1611.07004): the patch critic, and L1 beside it. Gulrajani et al.
 2017, Improved Training of Wasserstein GANs (arXiv:1704.00028): the loss and its penalty.
 """
-import os
-import signal
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads sleep sooner: README, Speed
-        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C meanwhile: no traceback
-import argparse
 import copy
 import csv
 import math
+import os
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,22 +21,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from skimage.metrics import structural_similarity
+from torch.nn import functional as F
 from torchvision.utils import save_image
 
 from data import (
     DEFAULT_DATA, Parser, Photos, UsageError, denormalize, lab_to_rgb, live, number, replacing,
-    run_command, say,
-)
+    run_command, say)
 from models import (
-    PatchCritic, UNet, load_checkpoint, load_generator, misfit, pick_device, to_device,
-)
+    PatchCritic, UNet, fitting, load_checkpoint, load_generator, pick_device, to_device)
 
 SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
-# What may differ from the run that --resume goes on with.
-MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
+MAY_DIFFER = {  # from the run that --resume goes on with
+    "data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
 
 
-# --- Losses --------------------------------------------------------------------------------------
+# --- METHOD: losses ------------------------------------------------------------------------------
 
 def score(critic, L, ab):
     """One score an image, (N,): the mean of the critic's map.
@@ -81,6 +74,7 @@ def gradient_penalty(critic, L, real_ab, fake_ab):
     with torch.autocast(L.device.type, enabled=False):
         epsilon = torch.rand(len(L), 1, 1, 1, device=L.device)
         mixed = torch.lerp(fake_ab.float(), real_ab, epsilon).requires_grad_()
+        # Images do not meet in the critic: the sum's gradient holds that of each one's own score.
         total = score(critic, L, mixed).sum()
         (gradient,) = torch.autograd.grad(total, mixed, create_graph=True)
         # vector_norm's gradient at 0 is 0, where that of sqrt(sum(g ** 2)) is NaN.
@@ -88,45 +82,12 @@ def gradient_penalty(critic, L, real_ab, fake_ab):
         return ((norm - 1) ** 2).mean()
 
 
-# --- Steps ---------------------------------------------------------------------------------------
-
-def average(tensors):
-    """Average each tensor, in place, over the processes of torchrun; a single one keeps its own.
-
-    Of gradients too, since DistributedDataParallel does not support the penalty's double backward.
-    """
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
-
-
-def step(network, optimizer, loss, scaler):
-    """Update one network by one loss. The scaler, enabled for float16 alone, skips overflows."""
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    average(p.grad for p in network.parameters())
-    scaler.step(optimizer)
-    scaler.update()
-
-
-@torch.no_grad()
-def update_ema(ema, generator, updates, decay):
-    """Move ema, batch-norm statistics included, towards generator.
-
-    The decay warms up (as in TensorFlow's ExponentialMovingAverage), so that a short run does not
-    evaluate its initial weights.
-    """
-    decay = min(decay, (1 + updates) / (10 + updates))
-    for mean, value in zip(ema.state_dict().values(), generator.state_dict().values()):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-
+# --- METHOD: one step ----------------------------------------------------------------------------
 
 def pretrain_step(run, L, ab):
     """One L1 step of the generator. Returns its terms."""
     with run.autocast():
-        l1 = (run.generator(L) - ab).abs().mean()
+        l1 = F.l1_loss(run.generator(L), ab)
     step(run.generator, run.optimizer_g, l1, run.scaler)
     return {"l1": l1.detach()}
 
@@ -139,22 +100,51 @@ def adversarial_step(run, L, ab):
     for _ in range(args.critic_steps):
         with run.autocast():
             # Detached: the critic's step must not reach the generator.
-            loss = critic_loss(score(run.critic, L, ab), score(run.critic, L, fake_ab.detach()))
+            gap = critic_loss(score(run.critic, L, ab), score(run.critic, L, fake_ab.detach()))
         penalty = gradient_penalty(run.critic, L, ab, fake_ab.detach())
         # One backward for both: the penalty alone leaves the last bias without a gradient.
-        step(run.critic, run.optimizer_c, loss + args.lambda_gp * penalty, run.scaler)
+        step(run.critic, run.optimizer_c, gap + args.lambda_gp * penalty, run.scaler)
 
     run.critic.requires_grad_(False)  # saves the critic's own gradients
     for i in range(args.generator_steps):
         with run.autocast():
-            if i > 0:  # the first step's is the critic's: the generator has not changed since
+            if i > 0:  # the first takes that from above, graph and all: no step lies in between
                 fake_ab = run.generator(L)
-            l1, fake_score = (fake_ab - ab).abs().mean(), score(run.critic, L, fake_ab)
-            objective = generator_loss(l1, fake_score, args.lambda_l1)
-        step(run.generator, run.optimizer_g, objective, run.scaler)
+            l1, fake_score = F.l1_loss(fake_ab, ab), score(run.critic, L, fake_ab)
+            loss = generator_loss(l1, fake_score, args.lambda_l1)
+        step(run.generator, run.optimizer_g, loss, run.scaler)
     run.critic.requires_grad_(True)
-    terms = {"l1": l1, "adversarial": -fake_score.mean(), "wasserstein": -loss, "penalty": penalty}
+    terms = {"l1": l1, "adversarial": -fake_score.mean(), "wasserstein": -gap, "penalty": penalty}
     return {name: term.detach() for name, term in terms.items()}
+
+
+def step(network, optimizer, loss, scaler):
+    """Update one network by one loss. The scaler, enabled for float16 alone, skips overflows."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    average(p.grad for p in network.parameters())
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def average(tensors):
+    """Average each tensor, in place, over the processes of torchrun."""
+    if dist.is_initialized():  # DistributedDataParallel knows no double backward
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+
+
+@torch.no_grad()
+def update_ema(ema, generator, updates, decay):
+    """Move ema, batch-norm statistics included, towards generator. updates: so many went before.
+
+    The decay warms up (as TensorFlow's), so that a short run does not evaluate its initial weights.
+    """
+    decay = min(decay, (1 + updates) / (10 + updates))
+    for mean, value in zip(ema.state_dict().values(), generator.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
 
 
 def learning_rate(args, epoch):
@@ -169,7 +159,64 @@ def learning_rate(args, epoch):
     return args.pretrain_lr * min(done / 0.1, 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-# --- Evaluation ----------------------------------------------------------------------------------
+# --- METHOD: the loop ----------------------------------------------------------------------------
+
+def train(run, photos, rank):
+    """Train to the last epoch; the process of rank 0 evaluates, logs, draws and saves."""
+    args, total = run.args, run.args.pretrain_epochs + run.args.epochs
+    batch, steps = args.batch_size, len(photos.train) // args.batch_size
+    for epoch in range(run.epoch, total):
+        # All that is random follows from (seed, epoch): --resume needs no random state.
+        rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
+        rows = photos.train[rng.permutation(len(photos.train))]
+        torch.manual_seed(int(rng.integers(2**32)) + rank)  # crops, ageing, mixes: each its own
+        history, start = [], time.perf_counter()
+        for i in range(steps):
+            for optimizer in (run.optimizer_g, run.optimizer_c):
+                optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (i + 0.5) / steps)
+            chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]
+            L, ab = photos.batch(chosen, crop=True, aged=args.aged)
+            if epoch < args.pretrain_epochs:
+                terms = pretrain_step(run, L, ab)
+            else:
+                terms = adversarial_step(run, L, ab)
+            history.append(terms)  # on the device: no step waits for it
+            update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
+            if rank == 0:
+                rate = (i + 1) * batch / (time.perf_counter() - start)
+                live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s, "
+                     f"{(steps - i - 1) * batch / rate:.0f} s left in it")
+
+        means = {name: torch.stack([t[name] for t in history]).mean() for name in history[0]}
+        average(means.values())
+        means = {name: mean.item() for name, mean in means.items()}  # waits for the device
+        run.check_finite(means, epoch)
+        run.epoch = epoch + 1
+        if rank == 0:
+            log_epoch(run, photos, means, steps * batch / (time.perf_counter() - start))
+            if run.epoch % args.sample_every == 0 or run.epoch == total:
+                path = args.out / f"epoch-{run.epoch:04}.png"
+                save_picture([run.ema], photos, photos.val[:8], path)
+            if run.epoch == total or time.monotonic() - run.saved >= SAVE_SECONDS:
+                run.save(photos)
+
+
+def log_epoch(run, photos, means, rate):
+    """Evaluate the validation part, clean and aged; log and print it with the epoch's means."""
+    predict = lambda L, ab: run.ema(L)
+    figures = evaluate(predict, photos, photos.val)
+    figures["aged_psnr"] = evaluate(predict, photos, photos.val, aged=1.0)["psnr"]
+    val = {f"val_{name}": values.mean().item() for name, values in figures.items()}
+    phase = "pretrain" if run.epoch <= run.args.pretrain_epochs else "wgan-gp"
+    terms = dict.fromkeys(("l1", "adversarial", "wasserstein", "penalty")) | means
+    run.log.append({"epoch": run.epoch, "phase": phase} | terms | val | {"images_per_s": rate})
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    say(f"epoch {run.epoch} {phase}  {losses}  val {val['val_psnr']:.2f} dB, aged "
+        f"{val['val_aged_psnr']:.2f} dB, colourfulness {val['val_colourfulness']:.1f}  "
+        f"{rate:.1f} images/s")
+
+
+# --- HOUSEKEEPING: evaluation --------------------------------------------------------------------
 
 def to_uint8(L, ab):
     """L and ab as networks see them, to RGB (N, 3, H, W) uint8."""
@@ -192,17 +239,20 @@ def chunks(photos, rows):
 
 
 @torch.no_grad()
-def evaluate(predict, photos, rows, ssim=False):
+def evaluate(predict, photos, rows, ssim=False, aged=0.0):
     """Figures of every image: PSNR (dB, 8-bit RGB), colourfulness and, if asked for, SSIM.
 
-    predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged. Returns a
-    dict of tensors (N,). An image identical to the real one counts as 100 dB, just above what one
-    level off makes.
+    predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged. aged: the
+    share of images that predict sees aged, each time in the same way; its colours are joined with
+    the photograph's own L. Returns a dict of tensors (N,). An image identical to the real one
+    counts as 100 dB, just above what one level off makes.
     """
     figures = []
+    torch.manual_seed(0)  # of ageing
     for chunk in chunks(photos, rows):
         L, ab = photos.batch(chunk)
-        fake, real = to_uint8(L, predict(L, ab)), to_uint8(L, ab)
+        seen = photos.batch(chunk, aged=aged)[0] if aged else L
+        fake, real = to_uint8(L, predict(seen, ab)), to_uint8(L, ab)
         error = (fake.float() - real.float()).square().mean((1, 2, 3))
         figures.append({"psnr": (10 * torch.log10(255**2 / error)).clamp_max(100),
                         "colourfulness": colourfulness(fake)})
@@ -214,55 +264,65 @@ def evaluate(predict, photos, rows, ssim=False):
 
 
 @torch.no_grad()
-def save_picture(generator, photos, rows, path):
-    """Draw the images of these rows below each other: grey, colorized and real."""
+def save_picture(generators, photos, rows, path):
+    """Draw the images of these rows below each other: grey, colorized by each, and real."""
     L, ab = photos.batch(rows)
-    lines = [to_uint8(L, colour) for colour in (torch.zeros_like(ab), generator(L), ab)]
+    colours = [torch.zeros_like(ab), *(generator(L) for generator in generators), ab]
     with replacing(path) as part:
-        save_image(torch.cat(lines) / 255, part, nrow=len(rows), format="png")
+        images = torch.cat([to_uint8(L, colour) for colour in colours]) / 255
+        save_image(images, part, nrow=len(rows), format="png")
 
 
-def report(args, path, device, photos=None):
-    """Print the table of a generator on its test part; keep it, and eight pictures, in --out.
+def report(paths, args, device, photos=None):
+    """Print the table of generators on the test part; keep it, and eight pictures, in --out if any.
 
-    photos: what it was trained on, where that is at hand; otherwise read from --data.
+    paths: of g.pt files; photos: what they were trained on, if at hand; else --data is read.
     """
-    generator, info = load_generator(path, device)
-    photos = photos or Photos(args.data, info["size"], info["seed"], device)
-    theirs, ours = info["test_means"], torch.tensor(photos.test_means)
-    known = theirs.shape == ours.shape and (theirs - ours).abs().mean() < 2  # of 255
-    if not known:
-        say("warning: these are not the images that the checkpoint was made with: those it was "
-            "trained on may be among the ones tested here")
-    rows = photos.train
-    total = sum(photos.batch(chunk)[1].mean((2, 3)).sum(0) for chunk in chunks(photos, rows))
-    mean_ab = (total / len(rows))[None, :, None, None]
-    predictors = {
-        "no colour": lambda L, ab: torch.zeros_like(ab),
-        "mean colour of the training part": lambda L, ab: mean_ab.expand_as(ab),
-        f"generator, epoch {info['epoch']}": lambda L, ab: generator(L),
-        "real": lambda L, ab: ab,
-    }
-    title = f"{len(photos.test)} test images at {info['size']} x {info['size']}"
-    lines = [f"{path}: " + ", ".join(f"{name} {value}" for name, value in info["options"].items()),
-             f"{title:34} PSNR dB   SSIM  colourfulness  worse than no colour"]
-    for name, predict in predictors.items():
-        figures = evaluate(predict, photos, photos.test, ssim=True)
-        grey = figures["psnr"] if name == "no colour" else grey
-        means = {key: values.mean().item() for key, values in figures.items()}
-        worse = (figures["psnr"] < grey).float().mean().item()
-        lines.append("{:34} {psnr:7.2f}  {ssim:.3f}  {colourfulness:13.1f}  {worse:20.0%}".format(
-            name, worse=worse, **means))
-    if args.data == "demo" and known:
-        lines.append("demo: the parts overlap, so these figures show that it learns, not how well")
+    loaded = [(str(path), *load_generator(path, device)) for path in paths]
+    sizes = sorted({info["size"] for _, _, info in loaded})
+    if len(sizes) > 1:
+        raise UsageError(f"--eval: generators of the sizes {sizes}; evaluate each by itself")
+    photos = photos or Photos(args.data, sizes[0], device)
+    lines = [line for name, _, info in loaded for line in describe(name, info, photos)]
+
+    parts = chunks(photos, photos.train)
+    total = sum(photos.batch(part)[1].mean((2, 3)).sum(0) for part in parts)
+    mean_ab = (total / len(photos.train))[None, :, None, None]
+    rows = [("no colour", lambda L, ab: torch.zeros_like(ab), 0.0),
+            ("mean colour of the training part", lambda L, ab: mean_ab.expand_as(ab), 0.0)]
+    for name, generator, _ in loaded:
+        predict = lambda L, ab, generator=generator: generator(L)
+        rows += [(name, predict, 0.0), (f"{name}, aged photographs", predict, 1.0)]
+    rows.append(("real", lambda L, ab: ab, 0.0))
+    column = max(len(name) for name, _, _ in rows) + 2
+    title = f"{len(photos.test)} test images at {sizes[0]} x {sizes[0]}"
+    lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  worse than no colour")
+    grey = evaluate(rows[0][1], photos, photos.test)["psnr"]
+    for name, predict, aged in rows:
+        figures = evaluate(predict, photos, photos.test, ssim=True, aged=aged)
+        psnr, ssim, colour = (figures[key].mean() for key in ("psnr", "ssim", "colourfulness"))
+        worse = (figures["psnr"] < grey).float().mean()
+        lines.append(f"{name:{column}} {psnr:7.2f}  {ssim:.3f}  {colour:13.1f}  {worse:20.0%}")
     for line in lines:
         say(line)
-    with replacing(args.out / "test.txt") as part:
-        part.write_text("\n".join(lines) + "\n", errors="backslashreplace")
-    save_picture(generator, photos, photos.test[:8], args.out / "test.png")
+    if args.out:
+        with replacing(args.out / "test.txt") as part:
+            part.write_text("\n".join(lines) + "\n", errors="backslashreplace")
+        save_picture([generator for _, generator, _ in loaded], photos, photos.test[:8],
+                     args.out / "test.png")
 
 
-# --- Checkpoints ---------------------------------------------------------------------------------
+def describe(name, info, photos):
+    """Lines on a generator: the options of each run that led to it; whether photos are its own."""
+    for options in info["history"]:
+        yield f"{name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
+    ours, theirs = torch.tensor(photos.test_means), torch.tensor(info["test_means"])
+    if ours.shape != theirs.shape or (ours - theirs).abs().mean() >= 2:  # of 255
+        yield (f"warning: {name} was made with other images: those it was trained on may be among "
+               "the ones tested here")
+
+
+# --- HOUSEKEEPING: the state of a run, and its checkpoints ---------------------------------------
 
 class Run:
     """All that training changes: networks, optimizers, moving average, scaler, epoch and log."""
@@ -279,7 +339,9 @@ class Run:
         self.optimizer_c = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9))
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.epoch, self.log, self.saved = 0, [], -math.inf
+        self.epoch, self.log, self.history = 0, [], []  # history: of the runs it began from
+        self.contents = None  # the digest of the photographs, of a resumed run
+        self.saved, self.stamp = -math.inf, None  # when; and the time that last.pt then had
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -291,12 +353,12 @@ class Run:
     def start_from(self, path):
         """Begin with the generator of another run's g.pt. Raises UsageError for another width."""
         generator, info = load_generator(path, self.device)
-        width = generator.head.in_channels
-        if width != self.args.width:
-            raise UsageError(f"--width {self.args.width}: --init {path} has width {width}; take "
-                             "that")
+        if generator.head.in_channels != self.args.width:
+            raise UsageError(f"--width {self.args.width}: --init {path} has width "
+                             f"{generator.head.in_channels}; take that")
         for network in (self.generator, self.ema):
             network.load_state_dict(generator.state_dict())
+        self.history = info["history"]
 
     def check_finite(self, means, epoch):
         """Raise FloatingPointError for terms that are not finite, or weights beyond float16."""
@@ -308,262 +370,173 @@ class Run:
 
     def save(self, photos):
         """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epochs since."""
-        out = self.args.out
+        out, last = self.args.out, self.args.out / "last.pt"
+        if self.stamp != (last.stat().st_mtime_ns if last.exists() else None):
+            raise UsageError(f"--out {out}: another process trains there too; end one of them")
         weights = {name: value.half() if value.ndim > 1 else value  # statistics may pass 65504
                    for name, value in self.ema.state_dict().items()}
+        own = self.options() | {"epoch": self.epoch}
         with replacing(out / "g.pt") as part:
-            torch.save({"generator": weights, "size": self.args.size, "seed": self.args.seed,
-                        "epoch": self.epoch, "options": self.options(),
-                        "test_means": photos.test_means}, part)
+            torch.save({"generator": weights, "size": self.args.size,
+                        "history": [*self.history, own], "test_means": photos.test_means}, part)
         with replacing(out / "log.csv") as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.log[-1])
             writer.writeheader()
             writer.writerows(self.log)
         state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        with replacing(out / "last.pt") as part:
-            torch.save(state | {"options": self.options(), "contents": photos.contents,
-                                "epoch": self.epoch, "log": self.log}, part)
-        self.saved = time.monotonic()
+        with replacing(last) as part:
+            torch.save(state | {"options": own, "history": self.history, "log": self.log,
+                                "contents": photos.contents}, part)
+        self.saved, self.stamp = time.monotonic(), last.stat().st_mtime_ns
 
     def load(self, path):
-        """Go on from last.pt. Returns the digest of the images that it was trained on.
+        """Go on from last.pt. An option that the saved run did not have yet counts as its default.
 
         Raises UsageError where an option differs, or the networks of a changed models.py.
         """
-        checkpoint = load_checkpoint(path, "optimizer_g")
-        try:
-            saved, contents = dict(checkpoint["options"]), checkpoint["contents"]
-            self.epoch, self.log = int(checkpoint["epoch"]), list(checkpoint["log"])
-            for name, value in self.options().items():
-                if saved[name] != value:
-                    flag = "torchrun --nproc-per-node" if name == "processes" else f"--{name}"
-                    raise UsageError(f"{flag.replace('_', '-')} {value}: the run in {path.parent} "
-                                     f"has {saved[name]}; resume with that, or start another --out")
+        self.stamp = path.stat().st_mtime_ns
+        checkpoint = load_checkpoint(path)
+        with fitting(path):
+            saved = vars(parse_args(["--resume"])) | checkpoint["options"]
+            self.epoch, self.log = saved["epoch"], checkpoint["log"]
+            self.history, self.contents = checkpoint["history"], checkpoint["contents"]
+        for name, value in self.options().items():
+            if saved[name] != value:
+                flag = "torchrun --nproc-per-node" if name == "processes" else f"--{name}"
+                raise UsageError(f"{flag.replace('_', '-')} {value}: the run in {path.parent} has "
+                                 f"{saved[name]}; resume with that, or start another --out")
+        with fitting(path):
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(checkpoint[name])
-            for optimizer in (self.optimizer_g, self.optimizer_c):  # which does not look at shapes
-                if any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items()):
-                    raise ValueError("moments of another shape")
-        except UsageError:
-            raise
-        except Exception as error:
-            raise misfit(path, error) from error
-        done, epochs = self.epoch - self.args.pretrain_epochs, self.args.epochs
-        if done > epochs:
-            raise UsageError(f"--epochs {epochs}: the run in {path.parent} has done {done}; ask "
-                             "for as many or more")
-        return contents
 
 
-# --- Command line --------------------------------------------------------------------------------
+# --- HOUSEKEEPING: processes and the command line ------------------------------------------------
+
+def join_processes():
+    """Join the processes of torchrun, if it started this one. Returns the rank and their number."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(hours=1))  # to decode
+    return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def first_process_first():
+    """On each machine one process goes through the body before the others, which find its cache."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and first:
+        dist.barrier()
+
+
+def resolve_amp(name, device):
+    """What --amp auto stands for on this device: a run goes on with what it began with."""
+    if name != "auto" or device.type != "cuda":
+        return "off" if name == "auto" else name
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it, slowly
+    return "bf16" if bf16 else "fp16"
+
 
 def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
-    parser = Parser("train.py", "python train.py [options]", __doc__, formatter_class=Parser.Help)
-    add = parser.add_argument
+    parser = Parser(__doc__)
+    add, share, weight = parser.add_argument, number(float, 0, 1), number(float, 0)
+    epochs, count = number(int, 0), number(int, 1)
     add("--data", default=DEFAULT_DATA, metavar="DIR", help="folder of images; where the default "
         "does not exist, Flowers102 is downloaded into it; demo: crops of scikit-image's pictures")
     add("--size", type=number(int, 32, 1024), default=128, help="side in pixels, a multiple of 16")
     add("--width", type=number(int, 1, 512), default=64,
         help="channels of the first block of both networks (U-Net and PatchGAN: 64)")
-    add("--batch-size", type=number(int, 1), default=32, help="images a step, over all processes")
-    add("--pretrain-epochs", type=number(int, 0), default=100, help="epochs of L1 alone")
-    add("--epochs", type=number(int, 0), default=110, help="epochs of WGAN-GP after that")
-    add("--critic-steps", type=number(int, 1), default=1,
+    add("--batch-size", type=count, default=32, help="images a step, over all processes")
+    add("--pretrain-epochs", type=epochs, default=100, help="epochs of L1 alone")
+    add("--epochs", type=epochs, default=110, help="epochs of WGAN-GP after that")
+    add("--critic-steps", type=count, default=1,
         help="critic steps a batch (WGAN-GP: 5, each on a batch of its own)")
-    add("--generator-steps", type=number(int, 1), default=2,
-        help="generator steps a batch (WGAN-GP: 1)")
-    add("--lambda-l1", type=number(float, 0), default=300.0,
-        help="weight of the L1 loss, of ab / 110 (pix2pix: 100)")
-    add("--lambda-gp", type=number(float, 0), default=10.0,
-        help="weight of the gradient penalty (WGAN-GP: 10)")
-    add("--pretrain-lr", type=number(float, 0), default=1e-3,
+    add("--generator-steps", type=count, default=2, help="generator steps a batch (WGAN-GP: 1)")
+    add("--lambda-l1", type=weight, default=300.0, help="weight of L1, of ab / 110 (pix2pix: 100)")
+    add("--lambda-gp", type=weight, default=10.0, help="weight of the penalty (WGAN-GP: 10)")
+    add("--pretrain-lr", type=weight, default=1e-3,
         help="highest learning rate of pre-training: a warm-up, then a half cosine to 0")
-    add("--lr", type=number(float, 0), default=1e-4,
+    add("--lr", type=weight, default=1e-4,
         help="learning rate of the adversarial phase, constant (WGAN-GP: 1e-4)")
-    add("--ema", type=number(float, 0, 1), default=0.999,
-        help="decay, a batch, of the weights' moving average; 0 for none")
+    add("--aged", type=share, default=0.5, help="share of the training images made grey as film, "
+        "prints and scans do; half as many lie on paper")
+    add("--ema", type=share, default=0.999, help="decay, a batch, of the moving average; 0: none")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the split and of training")
-    add("--sample-every", type=number(int, 1), default=5, metavar="EPOCHS",
-        help="epochs between pictures in OUT")
-    add("--out", type=Path, default=Path("runs"), help="folder for everything that is written")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of training; the split is fixed")
+    add("--sample-every", type=count, default=5, metavar="EPOCHS", help="between pictures in OUT")
+    add("--out", type=Path, help="folder for everything that is written; if none is named, runs, "
+        "and for --eval nothing is written")
     add("--init", type=Path, metavar="CKPT",
         help="start from this g.pt, of the same width, at any size and with any photographs")
     add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
-    add("--eval", type=Path, metavar="CKPT",
-        help="evaluate this generator on the test part of --data, at its own size and seed")
+    add("--eval", type=Path, nargs="+", metavar="CKPT",
+        help="evaluate these generators on the test part of --data, at their own size")
     args = parser.parse_args(argv)
     if args.size % 16:
-        parser.error(f"argument --size: must be a multiple of 16, not {args.size}")
+        parser.error(f"--size {args.size}: must be a multiple of 16")
     if args.pretrain_epochs + args.epochs == 0:
-        parser.error("argument --epochs: 0, and --pretrain-epochs 0: nothing to train")
-    if args.data != "demo" and args.out.resolve().is_relative_to(Path(args.data).resolve()):
+        parser.error("--epochs 0 and --pretrain-epochs 0: nothing to train")
+    if not args.eval:
+        args.out = args.out or Path("runs")
+        if args.out.exists() and not args.resume:
+            parser.error(f"--out {args.out}: is there already; --resume goes on, or name another")
+    if args.out and args.out.resolve().is_relative_to(Path(args.data).resolve()):
         parser.error(f"--out {args.out}: lies in --data {args.data}, where its pictures would be "
                      "taken for photographs; name another")
     return args
 
 
-# --- Training ------------------------------------------------------------------------------------
-
-def join_processes(args):
-    """Join the processes of torchrun, if it started this one. Returns the device and the rank.
-
-    Resolves --amp auto, since a run goes on with what it began with, and notes the number of
-    processes among the options.
-    """
-    launched = dist.is_torchelastic_launched()
-    if launched and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(args.device)
-    cuda = device.type == "cuda"
-    if args.amp == "auto":  # a T4 emulates bfloat16, slowly
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
-    args.processes = 1
-    if launched:
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # to decode
-                                device_id=device if cuda else None)
-        args.processes = dist.get_world_size()
-    return device, dist.get_rank() if launched else 0
-
-
-def load_photos(args, device, epoch):
-    """The photographs. The first process of each machine decodes, then the others read its cache.
-
-    Raises UsageError for a batch that does not fit them or the processes, and where these do not
-    see the same images, or not the same last.pt.
-    """
-    if args.batch_size % args.processes:
-        raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {args.processes} "
-                         "processes")
-    first = args.processes == 1 or os.environ["LOCAL_RANK"] == "0"
-    if not first:
-        dist.barrier()
-    photos = Photos(args.data, args.size, args.seed, device)
-    if args.processes > 1:
-        if first:
-            dist.barrier()
-        seen = [None] * args.processes
-        dist.all_gather_object(seen, (photos.contents, epoch))
-        if len(set(seen)) > 1:
-            raise UsageError(f"--data {args.data}, --out {args.out}: not the same images, or not "
-                             "the same last.pt, on all machines")
-    if args.batch_size > len(photos.train):
-        raise UsageError(f"--batch-size {args.batch_size}: more than the {len(photos.train)} "
-                         "training images; lower it to that or less")
-    return photos
-
-
-def open_out(args, photos):
-    """Take --out for this run: log.csv, made exclusively, is the mark. Print what begins."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        open(args.out / "log.csv", "a" if args.resume else "x").close()
-    except OSError as error:
-        raise UsageError(f"--out {args.out}: {error.strerror} ({error.filename}); go on with "
-                         "--resume, or name another folder") from error
-    if args.resume and not (args.out / "last.pt").exists():
-        say(f"--resume: no {args.out / 'last.pt'}, starting afresh")
-    say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    say(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} test "
-        f"images, on {photos.device}")
-
-
-def finish_epoch(run, photos, means, start):
-    """Evaluate, log, print a line, draw and save. On one process alone."""
-    args, total = run.args, run.args.pretrain_epochs + run.args.epochs
-    images = len(photos.train) // args.batch_size * args.batch_size
-    rate = images / (time.perf_counter() - start)
-    figures = evaluate(lambda L, ab: run.ema(L), photos, photos.val)
-    val = {f"val_{name}": values.mean().item() for name, values in figures.items()}
-    seconds = time.perf_counter() - start
-    phase = "pretrain" if run.epoch <= args.pretrain_epochs else "wgan-gp"
-    terms = dict.fromkeys(("l1", "adversarial", "wasserstein", "penalty")) | means
-    run.log.append({"epoch": run.epoch, "phase": phase} | terms | val
-                   | {"images_per_s": rate, "seconds": seconds})
-
-    # A batch of WGAN-GP takes about as long as so many steps of L1.
-    cost = [1] * args.pretrain_epochs + [args.critic_steps + args.generator_steps] * args.epochs
-    left = sum(cost[run.epoch:]) / cost[run.epoch - 1] * seconds / 60
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    say(f"epoch {run.epoch}/{total} {phase}  {losses}  val {val['val_psnr']:.2f} dB, colourfulness "
-        f"{val['val_colourfulness']:.1f}  {rate:.0f} images/s, {left:.0f} min left")
-    if run.epoch % args.sample_every == 0 or run.epoch == total:
-        save_picture(run.ema, photos, photos.val[:8], args.out / f"epoch-{run.epoch:04}.png")
-    if run.epoch == total or time.monotonic() - run.saved >= SAVE_SECONDS:
-        run.save(photos)
-
-
-def train(args):
+def start(args):
     """Train by the options, and report on the result."""
     # Setup
-    for name in ("log.csv", "last.pt", "g.pt"):
-        if (args.out / name).exists() and not args.resume:
-            raise UsageError(f"--out {args.out}: holds the {name} of a run; --resume goes on with "
-                             "it, or name another")
-    device, rank = join_processes(args)
+    rank, args.processes = join_processes()
+    device = pick_device(args.device)
+    args.amp = resolve_amp(args.amp, device)
     torch.backends.cudnn.benchmark = True
-    run, last, contents = Run(args, device), args.out / "last.pt", None
-    if last.exists():  # and --resume
-        contents = run.load(last)
+
+    # Networks
+    run = Run(args, device)
+    if (args.out / "last.pt").exists():  # and --resume
+        run.load(args.out / "last.pt")
     elif args.init:
         run.start_from(args.init)
 
     # Data
-    photos = load_photos(args, device, run.epoch)
-    if contents not in (None, photos.contents):
+    with first_process_first():
+        photos = Photos(args.data, args.size, device)
+    if run.contents not in (None, photos.contents):
         raise UsageError(f"--data {args.data}: not the images that the run in {args.out} was "
                          "trained on")
+    if args.batch_size % args.processes or args.batch_size > len(photos.train):
+        raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of the "
+                         f"{args.processes} processes, and at most {len(photos.train)}, the "
+                         "training images")
     if rank == 0:
-        open_out(args, photos)
+        args.out.mkdir(parents=True, exist_ok=args.resume)  # a second run there ends here
+        say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
+        say(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} "
+            f"test images, on {photos.device}; from epoch {run.epoch + 1}")
 
-    # Loop. All that is random follows from (seed, epoch): a resumed run needs no generator's state.
-    batch, steps = args.batch_size, len(photos.train) // args.batch_size
-    for epoch in range(run.epoch, args.pretrain_epochs + args.epochs):
-        rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
-        rows = photos.train[rng.permutation(len(photos.train))]
-        torch.manual_seed(int(rng.integers(2**32)) + rank)  # crops and mixes: their own on each
-        history, start = [], time.perf_counter()
-        for i in range(steps):
-            for optimizer in (run.optimizer_g, run.optimizer_c):
-                optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (i + 0.5) / steps)
-            chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]
-            L, ab = photos.batch(chosen, crop=True)
-            if epoch < args.pretrain_epochs:
-                terms = pretrain_step(run, L, ab)
-            else:
-                terms = adversarial_step(run, L, ab)
-            history.append(terms)  # on the device: no step waits for it
-            update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
-            if rank == 0:
-                rate = (i + 1) * batch / (time.perf_counter() - start)
-                live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s, "
-                     f"{(steps - i - 1) * batch / rate:.0f} s left in it")
-        means = {name: torch.stack([t[name] for t in history]).mean() for name in history[0]}
-        average(means.values())
-        means = {name: mean.item() for name, mean in means.items()}  # waits for the device
-        run.check_finite(means, epoch)
-        run.epoch = epoch + 1
-        if rank == 0:
-            finish_epoch(run, photos, means, start)
+    train(run, photos, rank)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
-        report(args, args.out / "g.pt", device, photos)
+        report([args.out / "g.pt"], args, device, photos)
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status: 0, 1 (failed), 2 (usage) or 130 (stopped)."""
+    """Run the command line. Returns the exit status."""
     args = parse_args(argv)
     if args.eval:
-        return run_command("train.py", lambda: report(args, args.eval, pick_device(args.device)))
-    return run_command("train.py", lambda: train(args),
-                       stopped=f"; --resume goes on from the last save in {args.out}")
+        return run_command(lambda: report(args.eval, args, pick_device(args.device)), "no table")
+    return run_command(lambda: start(args), f"--resume goes on from the last save in {args.out}")
 
 
 if __name__ == "__main__":
