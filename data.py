@@ -135,8 +135,8 @@ class Photos:
     def batch(self, rows, crop=False, aged=0.0):
         """The images of these rows as networks see them, on the device.
 
-        crop: of each image a random part, for training; otherwise the whole image. aged: the share
-        of them whose L is made by random_grey; half as many crops lie on paper. ab is never aged.
+        crop: a random part of each, for training; otherwise the whole. aged: the share of images
+        whose L is random_grey's; half that share of crops, drawn by itself, lies on paper.
         Returns L (N, 1, size, size) and ab (N, 2, size, size).
         """
         images = self.images[rows.to(self.images.device)].permute(0, 3, 1, 2)
@@ -158,8 +158,8 @@ def usable(data, names, images):
     good = [row for row, image in enumerate(images) if image.any()]
     bad = [names[row] for row in sorted(set(range(len(names))) - set(good))]
     if bad:
-        say(f"{len(bad)} of {len(names)} images left out, broken or all black: "
-            + ", ".join(bad[:20]) + (" ..." if len(bad) > 20 else ""))
+        say(f"{len(bad)} of {len(names)} images left out, broken or all black (delete {CACHE}/ to "
+            "try again): " + ", ".join(bad[:20]) + (" ..." if len(bad) > 20 else ""))
     if len(good) < 10:
         raise UsageError(f"--data {data}: {len(good)} readable images, at least 10 are needed; an "
                          f"archive is to be unpacked; a missing '{DEFAULT_DATA}' is downloaded")
@@ -173,32 +173,32 @@ def usable(data, names, images):
 def split(rows, digests):
     """Split rows at random, 70 / 15 / 15; digests: of each row, equal for identical images.
 
-    The split is the same for ever, so that no run is tested on what another was trained on:
-    RandomState's stream is frozen by NumPy's policy. Identical images fall into the same part.
+    The same files are split the same for ever, so that no run is tested on what another was trained
+    on: RandomState's stream is frozen by NumPy's policy. Identical images fall into the same part.
     """
-    parts, part_of = ([], [], []), {}
+    parts, part_of, ends = ([], [], []), {}, (round(0.7 * len(rows)), round(0.85 * len(rows)))
     for rank, i in enumerate(np.random.RandomState(0).permutation(len(rows))):
-        part = int(rank >= round(0.7 * len(rows))) + int(rank >= round(0.85 * len(rows)))
-        parts[part_of.setdefault(digests[rows[i]], part)].append(rows[i])
+        own = sum(rank >= end for end in ends)
+        part = part_of.setdefault(digests[rows[i]], own)  # that of the first of its kind
+        parts[part].append(rows[i])
     return parts
 
 
-def random_crops(rgb, size, paper=0.0, shortest=2 / 3, longest=1.35, aspect=0.1):
+def random_crops(rgb, size, paper=0.0):
     """Scale a random part of each image, mirrored with probability 1/2, to size x size.
 
-    rgb: (N, 3, H, W) in [0, 1]; returns (N, 3, size, size). A part's sides are shortest to 1 of the
-    image's (its area uniform between the squares, their ratio 1 +- aspect), its place is uniform.
-    paper: the share of images that are seen whole instead, with a margin around them: sides 1 to
-    longest, on grey of 0 to 1.5, since paper stays white where the print on it has faded.
+    rgb: (N, 3, H, W) in [0, 1]; returns (N, 3, size, size). A part's sides are 2/3 to 1 of the
+    image's (its area uniform between the squares), 10 % longer or shorter than each other at the
+    most; its place is uniform. paper: the share of images that are seen whole instead, in a frame
+    of sides 1 to 1.35, of grey 0 to 1.5, since paper stays white where the print on it has faded.
     One affine map an image holds all of it (Jaderberg et al. 2015, eq. 1): no loop.
     """
     def uniform(low, high):
         return torch.empty(len(rgb), device=rgb.device).uniform_(low, high)
 
     framed = uniform(0, 1) < paper
-    low, high = torch.where(framed, 1, shortest), torch.where(framed, longest, 1)
-    side = torch.lerp(low**2, high**2, uniform(0, 1)).sqrt()
-    ratio = uniform(1 - aspect, 1 + aspect).sqrt()
+    low, high = torch.where(framed, 1, 2 / 3), torch.where(framed, 1.35, 1)
+    side, ratio = torch.lerp(low**2, high**2, uniform(0, 1)).sqrt(), uniform(0.9, 1.1).sqrt()
     width, height = (side * ratio).clamp(low, high), (side / ratio).clamp(low, high)
     # The part's centre; the image reaches from -1 to 1, and either lies inside the other.
     x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
@@ -263,7 +263,9 @@ def read_picture(path):
             image.info["icc_profile"] = profile
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-        image = to_srgb(image.convert(mode) if image.mode != "CMYK" else image).convert(mode)
+        if image.mode != "CMYK":  # whose profile wants it as it is
+            image = image.convert(mode)
+        image = to_srgb(image).convert(mode)  # profiles make RGB of grey
     if alpha:
         image.paste("white", mask=alpha.point(lambda level: 255 * (level == 0)))
     return Picture(image, None if alpha and alpha.getextrema() == (255, 255) else alpha, metadata)
@@ -272,15 +274,14 @@ def read_picture(path):
 def refuse_misread(image):
     """Raise ValueError for an opened Pillow image whose values would come out wrong."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    deep = max(tags.get(tiff.BITSPERSAMPLE, (1,))) > 8
-    if tags.get(254, 0) & 1:  # NewSubfileType
+    bits = tags.get(tiff.BITSPERSAMPLE, (8,))
+    if tags.get(254, 0) & 1:  # NewSubfileType: reduced
         raise ValueError("its first page is a preview; convert it to JPEG or PNG")
-    if (image.mode == "F" or image.mode == "I" and image.format != "PPM"
-            or set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1}  # signed, or float
-            or deep and (tags[tiff.BITSPERSAMPLE][0] != 16
-                         or tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0  # white is 0
-                         or tags.get(tiff.PLANAR_CONFIGURATION) == 2
-                         and image.info["compression"] == "raw")):
+    unscaled = image.mode == "F" or image.mode == "I" and image.format != "PPM"
+    signed = set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1}  # or float
+    inverted = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0  # white is 0
+    planar = tags.get(tiff.PLANAR_CONFIGURATION) == 2 and image.info["compression"] == "raw"
+    if unscaled or signed or max(bits) > 8 and (bits[0] != 16 or inverted or planar):
         raise ValueError("neither 8 nor plain 16 bits a channel; save it as PNG")
 
 
@@ -302,7 +303,6 @@ def to_srgb(image):
 def replacing(path, tag=""):
     """Yield a temporary path beside path; rename it to path at the end, or remove it on failure.
 
-    The temporary name follows from path, so that the next write replaces what a killed one left;
     tag: the process, where several may write path at once. Raises OSError that names path.
     """
     part = path.with_name(f".{_digest(path.name)}{tag}.part")
@@ -311,8 +311,8 @@ def replacing(path, tag=""):
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; is there room, may you "
-                      "write there?") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"cannot write {path} (is there room?): {reason}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -373,8 +373,8 @@ def decode_folder(folder, size):
         raise UsageError(f"--data {folder}: no folder of images")
     names, _ = find_images(folder)
     stats = [os.stat(folder / name) for name in names]
-    prints = [(str(name), stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
-    cached, shape = CACHE / f"{_digest(prints)}-{size}.rgb", (len(names), size, size, 3)
+    files = [(str(name), stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
+    cached = CACHE / f"{_digest((str(folder.resolve()), files))}-{size}.rgb"
     if names and not cached.exists():
         with (replacing(cached, os.getpid()) as part, open(part, "wb") as file,
               ThreadPoolExecutor(os.cpu_count()) as pool):
@@ -384,12 +384,12 @@ def decode_folder(folder, size):
                 live(f"decoding {done + 1}/{len(names)} images")
         say(f"{len(names)} images decoded into {cached}")
     # Copy on write: torch wants writable memory, and the file must stay as it is.
-    images = np.memmap(cached, np.uint8, "c", shape=shape) if names else []
+    images = np.memmap(cached, np.uint8, "c").reshape(-1, size, size, 3) if names else []
     return [name.as_posix() for name in names], images
 
 
-def demo(size, crop=192, stride=32):
-    """Overlapping crops of scikit-image's own photographs: no download, and no generalization.
+def demo(size):
+    """Crops of 192 px, 32 apart, of scikit-image's photographs: no download, no generalization.
 
     Returns names and images (N, size, size, 3) uint8, as decode_folder does.
     """
@@ -398,9 +398,9 @@ def demo(size, crop=192, stride=32):
     for name, photo in {"astronaut": photos.astronaut(), "coffee": photos.coffee(),
                         "chelsea": photos.chelsea(),
                         "motorcycle": photos.stereo_motorcycle()[0]}.items():
-        for y in range(0, photo.shape[0] - crop + 1, stride):
-            for x in range(0, photo.shape[1] - crop + 1, stride):
-                image = Image.fromarray(photo[y : y + crop, x : x + crop])
+        for y in range(0, photo.shape[0] - 191, 32):
+            for x in range(0, photo.shape[1] - 191, 32):
+                image = Image.fromarray(photo[y : y + 192, x : x + 192])
                 images.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
                 names.append(f"{name}-{y}-{x}")
     return names, np.stack(images)

@@ -141,7 +141,7 @@ def load_generator(path, device):
     with fitting(path):
         state = checkpoint["generator"]
         width = state["down1.0.weight"].shape[0]
-        with torch.device("meta"):  # shapes alone: a damaged width costs no memory
+        with torch.device("meta"):  # shapes first: a damaged width costs no memory
             UNet(width).load_state_dict(state, assign=True)
         generator = UNet(width)
         generator.load_state_dict(state)

@@ -100,11 +100,12 @@ def colorize_file(generator, size, strength, source, path, shown):
         image, alpha, metadata = read_picture(source)
         result = colorize(generator, image, size, strength)
         coloured = has_colour(to_tensor(squash(image, size))).item()
-        pictures = [image, result, image][: 2 + coloured] if shown else []
-        cells = [ImageOps.pad(picture, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
-                 for picture in pictures]
-        cells[:1] = map(lightness, cells[:1])
         quality = psnr(image, result) if coloured else None
+        cells = []
+        if shown:
+            real, fake = (ImageOps.pad(picture, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
+                          for picture in (image, result))
+            cells = [lightness(real), fake, real][: 3 if coloured else 2]
         if alpha:
             result.putalpha(alpha)
         with replacing(path, os.getpid()) as part:
@@ -125,25 +126,26 @@ def plan(args):
     out, outputs, others = args.out, {}, 0
     if out.is_file() or out.suffix.lower() in SAVE:
         raise UsageError(f"out {out}: a file's name; name, last, the folder that the results go to")
-    taken = {out / "grid.png": "the grid, unless --grid 0"} if args.grid else {}
+    owner_of = {out / "grid.png": "the grid, unless --grid 0"} if args.grid else {}
     for given in args.input:
-        folder, names = given.parent, [Path(given.name)]
+        folder, names, more = given.parent, [Path(given.name)], 0
+        if not given.exists():
+            raise UsageError(f"input {given}: no such file or folder")
         if given.is_dir():
             folder, (names, more) = given, find_images(given)
-            others += more
-        elif not given.is_file():
-            raise UsageError(f"input {given}: no such file or folder")
-        elif not is_picture(given):
-            raise UsageError(f"input {given}: not a kind that can be read; convert it to JPEG")
-        if given.is_dir() and out.resolve().is_relative_to(given.resolve()):
-            raise UsageError(f"out {out}: is or lies in the input {given}; name another")
+            if out.resolve().is_relative_to(given.resolve()):
+                raise UsageError(f"out {out}: is or lies in the input {given}; name another")
+        if not any(map(is_picture, names)):
+            raise UsageError(f"input {given}: no picture of a kind that can be read; convert it to "
+                             "JPEG")
+        others += more
         for name in names:
             path = out / (name if name.suffix.lower() in SAVE else f"{name}.png")
-            if taken.setdefault(path, folder / name) != folder / name:
-                raise UsageError(f"input {folder / name}: {path} is also that of {taken[path]}; "
+            if owner_of.setdefault(path, folder / name) != folder / name:
+                raise UsageError(f"input {folder / name}: {path} is also that of {owner_of[path]}; "
                                  "rename it")
             outputs[folder / name] = path
-    replaced = {path.resolve() for path in outputs} & {path.resolve() for path in taken}
+    replaced = {path.resolve() for path in outputs} & {path.resolve() for path in owner_of}
     if replaced:
         raise UsageError(f"out {out}: would replace the input {min(replaced)}; name another")
     return outputs, others
@@ -203,7 +205,7 @@ def colorize_all(args):
         + (f"; {others} other files passed over" if others else ""))
     say(f"the results are in {args.out}"
         + (f"; {args.out / 'grid.png'} shows {len(columns)} of them" if columns else ""))
-    return 1 if failed or not outputs else 0
+    return 1 if failed else 0
 
 
 def parse_args(argv=None):

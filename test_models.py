@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 TINY = "--data photos --size 32 --width 4 --batch-size 7 --device cpu"  # two steps an epoch
 PRE = f"{TINY} --pretrain-epochs 1 --epochs 0"  # half a second
+assert_identical = partial(torch.testing.assert_close, rtol=0, atol=0)  # of nested values
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +85,9 @@ def put(image, *paths):
         image.save(path)
 
 
-def make_photos(folder, count=20):
-    Path(folder).mkdir(parents=True, exist_ok=True)
+def make_photos(folder, count=20, draw=photo):
     for i in range(count):
-        put(photo(seed=i), Path(folder, "ab"[i % 2], f"{i:02}.png"))
+        put(draw(seed=i), Path(folder, "ab"[i % 2], f"{i:02}.png"))
     return Path(folder)
 
 
@@ -96,14 +97,8 @@ def tree(folder="."):
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def assert_identical(a, b):
-    """Equality, bit by bit, of nested checkpoints."""
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
 def read_log(out="runs"):
-    with open(Path(out, "log.csv"), newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(out, "log.csv").read_text().splitlines()))
 
 
 # --- Losses --------------------------------------------------------------------------------------
@@ -147,7 +142,7 @@ def test_penalty_is_taken_between_real_and_fake_in_float32():
 
 # --- Networks ------------------------------------------------------------------------------------
 
-def test_shapes_and_parameter_counts():
+def test_networks_are_the_papers():
     lab = torch.rand(2, 3, 128, 128)
     assert models.UNet(4)(lab[:, :1]).shape == (2, 2, 128, 128)
     assert models.PatchCritic(4)(lab).shape == (2, 1, 13, 13)
@@ -157,8 +152,6 @@ def test_shapes_and_parameter_counts():
     weights = sum(16 * a * b for a, b in zip(w, w[1:]))
     assert sum(p.numel() for p in models.PatchCritic().parameters()) == weights + 64 + 1
 
-
-def test_layers_are_the_papers():
     kinds = lambda layers: [type(layer).__name__ for layer in layers]
     generator, critic = models.UNet(4), models.PatchCritic(64).layers
     assert kinds(generator.down1) == ["Conv2d", "BatchNorm2d", "ReLU"] * 2
@@ -277,7 +270,7 @@ def test_each_image_gets_its_own_crop_mirrored_or_not():
     assert 0.6666 < sides.min() < 0.68 and 0.99 < sides.max() < 1.0001
     ratio, area = sides[:, 0] / sides[:, 1], sides.prod(1)
     assert 0.8999 < ratio.min() < 0.91 and 1.09 < ratio.max() < 1.1001
-    assert area.mean() == pytest.approx((4 / 9 + 1) / 2, abs=0.02)  # uniform between the squares
+    assert area.mean() == pytest.approx((4 / 9 + 1) / 2, abs=0.01)  # 4 deviations
     start = torch.minimum(first, last) - sides / 128
     place = (start / (1 - sides))[sides.amax(1) < 0.9]  # uniform: 0 to 1
     assert -0.001 < place.min() and place.max() < 1.001 and (place.mean(0) - 0.5).abs().max() < 0.03
@@ -348,6 +341,7 @@ def test_ageing_changes_lightness_alone_of_the_share_it_is_told(monkeypatch):
     L, ab = photos.batch(photos.val[:2], crop=True, aged=1.0)
     assert papers == [0.5] and ab.abs().max() < 1e-4  # float32
     assert (L - rgb2lab(np.full((1, 1, 3), 0.5))[0, 0, 0] / 50 + 1).abs().max() < 1e-4
+    assert (photos.batch(photos.val[:2], crop=True)[0] - 1).abs().max() < 1e-4  # 100, not more
 
 
 # --- Training, evaluation, checkpoints -----------------------------------------------------------
@@ -432,16 +426,19 @@ def test_learning_rate_and_adam(run):
 def test_an_epoch_is_every_image_once_anew_in_order_crop_and_age(monkeypatch):
     make_photos("photos")
     batches, averaged, batch, update = [], [], data.Photos.batch, train.update_ema
+    times, rate = [], train.learning_rate
     def spy(photos, rows, crop=False, aged=0.0):
         if crop:
             batches.append((rows.tolist(), torch.initial_seed(), aged))
         return batch(photos, rows, crop, aged)
     monkeypatch.setattr(data.Photos, "batch", spy)
     monkeypatch.setattr(train, "update_ema", lambda *x: averaged.append(x[2]) or update(*x))
+    monkeypatch.setattr(train, "learning_rate", lambda *x: times.append(x[1]) or rate(*x))
     command = f"{TINY} --pretrain-epochs 2 --epochs 1 --aged 0.3 --lr 0.002"
     for options in ("--out a", "--out b", "--out c --seed 1"):
         assert train_py(f"{command} {options}") == 0
     assert averaged == [*range(6)] * 3  # the warm-up counts batches, over all epochs
+    assert times == [t for t in np.arange(0.25, 3, 0.5) for _ in "gc"] * 3  # the middle of a step
     a, b, c = batches[:6], batches[6:12], batches[12:]
     assert a == b and {aged for _, _, aged in a} == {0.3}
     epochs = [x[i][0] + x[i + 1][0] for x in (a, c) for i in (0, 2, 4)]
@@ -461,16 +458,18 @@ def test_colourfulness_of_two_colours():
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:.*negative Z")
-def test_eval_is_one_table_and_one_picture_of_several_generators(capsys):
+def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeypatch):
+    monkeypatch.setattr(train, "chunks", lambda photos, rows: rows.split(4))  # of 6 test images
     photos, colours = data.Photos(make_photos("photos", 40), 32), {}
     (L, ab), command = photos.batch(photos.test), "--eval a.pt b.pt --data photos --device cpu"
     torch.manual_seed(0)  # each time the same ageing
-    aged, _ = photos.batch(photos.test, aged=1.0)
-    for name in ("a.pt", "b.pt"):
+    aged = torch.cat([photos.batch(rows, aged=1.0)[0] for rows in photos.test.split(4)])
+    for name, shift in (("a.pt", 0), ("b.pt", 5)):
+        means = [mean + shift * (-1) ** i for i, mean in enumerate(photos.test_means)]
         generator = models.UNet(4)
         nn.init.normal_(generator.head.weight, 0, 3)  # has learned nothing, but colours strongly
         torch.save({"generator": generator.state_dict(), "size": 32, "history": [{"epoch": 3}, {}],
-                    "test_means": photos.test_means}, name)
+                    "test_means": means}, name)
         colours[name], colours[f"{name}, aged photographs"] = map(generator.eval(), (L, aged))
     mean = photos.batch(photos.train)[1].mean((0, 2, 3)).view(1, 2, 1, 1) + ab * 0
     colours |= {"no colour": ab * 0, "mean colour of the training part": mean, "real": ab}
@@ -479,7 +478,8 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys):
     capsys.readouterr()
     assert train_py(f"{command} --out out") == 0
     out = capsys.readouterr().out
-    assert Path("out/test.txt").read_text() == out and "a.pt: epoch 3\na.pt: \nb.pt: " in out
+    assert Path("out/test.txt").read_text() == out
+    assert "a.pt: epoch 3\na.pt: \nb.pt: epoch 3\nb.pt: \nwarning: b.pt was made with " in out
     table = {row[0]: row[1:] for row in (line.rsplit(maxsplit=4) for line in out.splitlines())}
 
     pictures = {name: (lab2rgb(to_numpy(data.denormalize(L, x.detach()))) * 255).round().astype(
@@ -500,14 +500,9 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys):
         assert np.abs(row - pictures[name]).max() <= 1  # a level the other way
 
 
-def toned_photos(seed):
-    for i in range(40):  # colour follows from lightness: easily learned
-        toned = ImageOps.colorize(photo(seed=seed + i, mode="L"), "blue", "yellow")
-        put(toned, f"photos/{i:02}.png")
-
-
 def test_training_learns_and_reports(capsys):
-    toned_photos(0)
+    toned = lambda seed: ImageOps.colorize(photo(seed=seed, mode="L"), "blue", "yellow")
+    make_photos("photos", 40, toned)  # colour follows from lightness: easily learned
     assert train_py(f"{TINY} --pretrain-epochs 8 --epochs 1 --sample-every 6 --seed 3 --width 8 "
                     "--pretrain-lr 0.01 --aged 0.2") == 0
     rows, table = read_log(), capsys.readouterr().out.splitlines()[-7:]
@@ -522,21 +517,16 @@ def test_training_learns_and_reports(capsys):
     for name, share in (("val_psnr", 0.0), ("val_aged_psnr", 1.0)):
         psnr = train.evaluate(lambda L, ab: ema(L), photos, photos.val, aged=share)["psnr"].mean()
         assert float(rows[8][name]) == pytest.approx(psnr.item(), abs=1e-3)
+    train.save_picture([ema], photos, photos.val[:8], Path("expected.png"))
+    assert np.abs(pixels("runs/epoch-0009.png") - pixels("expected.png")).max() <= 1
     half = {k: v.half() if v.ndim > 1 else v for k, v in last["ema"].items()}
     assert_identical(torch.load("runs/g.pt")["generator"], half)
-    for seed in (0, 100):  # whatever --seed was, the same test part; then others of these names
-        toned_photos(seed)
+    for first, count in ((0, 40), (100, 44)):  # whatever --seed was, the same test part; others
+        make_photos("photos", count, lambda seed: toned(seed + first))
         assert train_py("--eval runs/g.pt --data photos --device cpu") == 0
         out = capsys.readouterr().out
-        assert (out.splitlines()[-7:] == table) == (seed == 0)
-        assert ("warning: runs/g.pt was made with other images" in out) == (seed == 100)
-
-
-def test_divergence_is_said_and_nothing_is_saved(refused):
-    make_photos("photos")
-    command = f"{PRE} --lr 1e6"  # weights that g.pt's float16 cannot hold
-    assert train_py(command) == 0
-    refused(train_py, f"{command} --epochs 1 --resume", "epoch 2 diverged", "lower --lr", status=1)
+        assert (out.splitlines()[-7:] == table) == (first == 0)
+        assert ("warning: runs/g.pt was made with other images" in out) == (first == 100)
 
 
 def test_resume_refuses_other_options_and_other_photographs(refused):
@@ -559,13 +549,17 @@ def test_resume_refuses_other_options_and_other_photographs(refused):
     refused(train_py, f"{command} --epochs 2 --data there", "--data there: not the images")
 
 
-def test_two_processes_never_train_into_one_folder(run, refused):
-    photos = data.Photos(make_photos("photos"), 32)
-    command, run.args.out = f"{PRE} --lambda-gp 2 --lambda-l1 3", Path("runs")
+def test_neither_divergence_nor_a_second_process_spoils_a_run(run, refused):
+    photos, run.args.lr, run.args.out = data.Photos(make_photos("photos"), 32), 1e6, Path("runs")
+    command = f"{PRE} --lambda-gp 2 --lambda-l1 3 --lr 1e6"  # weights that float16 cannot hold
     assert train_py(command) == 0
     refused(train_py, command, "--out runs: is there already", "--resume")
+    refused(train_py, f"{command} --epochs 1 --resume", "epoch 2 diverged", "lower --lr", status=1)
     run.load(Path("runs/last.pt"))
-    assert train_py(f"{command} --epochs 1 --resume") == 0  # another goes on meanwhile
+    run.critic.layers[0].weight.data.fill_(1e5)  # beyond float16, the critic's too
+    with pytest.raises(FloatingPointError):
+        run.check_finite({}, 1)
+    os.utime("runs/last.pt", (1, 1))  # another process has saved meanwhile
     before = tree()
     with pytest.raises(data.UsageError, match="--out runs: another process trains there"):
         run.save(photos)
@@ -585,7 +579,7 @@ def test_init_starts_both_phases_from_another_generator_and_keeps_its_history(ep
                 state[name], value.float(), rtol=1e-5), name
     refused(train_py, f"{command} first/g.pt --width 8 --out wide", "--width 8: --init first/g.pt")
     refused(train_py, "--eval first/g.pt runs/g.pt", "--eval: generators", "[32, 48]")
-    assert train_py(f"{command} gone.pt --resume") == 0  # no longer read
+    assert train_py(f"{command} gone.pt --resume --epochs 2") == 0  # no longer read
     assert [options["size"] for options in torch.load("runs/g.pt")["history"]] == [32, 48]
 
 
@@ -657,33 +651,26 @@ def lab_of(image):
     return rgb2lab(pixels(image).astype(np.uint8))
 
 
-def fixed(slope, offset):
-    """A generator of known output: ab is an affine function of L."""
-    generator = nn.Sequential(OrderedDict(head=nn.Conv2d(1, 2, 1)))
-    generator.head.weight.data[:, 0, 0, 0] = torch.tensor(slope)
-    generator.head.bias.data[:] = torch.tensor(offset)
-    return generator
-
-
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("slope, offset", [
-    ((0.0, 0.0), (0.2, 0.0)), ((0.0, 0.0), (0.0, 0.2)), ((0.0, 0.0), (-0.2, 0.1)),
-    ((0.3, 0.0), (0.0, 0.0))])
+    ((0.0, 0.0), (0.2, 0.0)), ((0.0, 0.0), (-0.2, 0.1)), ((0.3, 0.0), (0.0, 0.0))])
 def test_colour_is_what_and_where_the_network_says(slope, offset, mode):
+    generator = nn.Sequential(OrderedDict(head=nn.Conv2d(1, 2, 1)))  # ab is affine in L
+    generator.head.weight.data[:, 0, 0, 0] = torch.tensor(slope)
+    generator.head.bias.data[:] = torch.tensor(offset)
     levels = 75 + np.add.outer(np.linspace(0, 20, 48), np.linspace(0, 100, 80))
     image = Image.fromarray(levels.astype(np.uint8)).convert(mode)
-    lab = lab_of(sample.colorize(fixed(slope, offset), image, 16))
+    lab = lab_of(sample.colorize(generator, image, 16))
     assert np.abs(lab - lab_of(image))[..., 0].max() < 0.4  # 8 bits
     error = np.abs(lab[..., 1:] - ((lab[..., :1] / 50 - 1) * slope + offset) * 110)
     assert error.max() < 1.5 and error[3:-3, 5:-5].max() < 1  # bicubic edges; 8 bits
 
 
 def test_strength_multiplies_the_colour_and_0_keeps_every_level_of_grey(sample_py):
-    put(EVERY_LEVEL, "L.png")
-    put(EVERY_LEVEL.convert("RGB"), "RGB.png")
-    assert sample_py("L.png RGB.png 0 --strength 0") == 0
-    assert np.array_equal(pixels("0/L.png"), pixels(EVERY_LEVEL))  # rounded, not cut
-    assert np.array_equal(pixels("0/RGB.png"), pixels(EVERY_LEVEL))
+    for mode in ("L", "RGB"):
+        put(EVERY_LEVEL.convert(mode), f"{mode}.png")
+        assert sample_py(f"{mode}.png 0 --strength 0") == 0
+        assert np.array_equal(pixels(f"0/{mode}.png"), pixels(EVERY_LEVEL))  # rounded, not cut
     put(GREY.point(lambda level: 100 + level // 5), "a.png")  # in the gamut, whatever the colour
     for strength in (0.2, 0.4):
         assert sample_py(f"a.png {strength} --strength {strength}") == 0
@@ -691,26 +678,41 @@ def test_strength_multiplies_the_colour_and_0_keeps_every_level_of_grey(sample_p
     assert np.abs(pale).mean() > 8 and np.abs(pale - 2 * paler).max() < 3  # 8 bits, twice 8 bits
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_strips_have_no_seams(mode, ckpt, monkeypatch):
-    generator, _ = models.load_generator(ckpt, torch.device("cpu"))
-    image = photo((90, 301), mode=mode)
-    whole = sample.colorize(generator, image, 32)
+def test_strips_have_no_seams(ckpt, monkeypatch):
+    generator, _ = models.load_generator(ckpt, CPU)
+    images = [photo((90, 301), mode=mode) for mode in ("L", "RGB")]
+    whole = [sample.colorize(generator, image, 32) for image in images]
     monkeypatch.setattr(sample, "STRIP", 90 * 7)
-    assert np.array_equal(whole, sample.colorize(generator, image, 32))
+    assert all(np.array_equal(a, sample.colorize(generator, b, 32)) for a, b in zip(whole, images))
 
 
-def test_a_folder_is_mirrored(sample_py):
-    put(COLOUR, "in/a.JPG", "in/b.gif", "in/sub/a.webp", "in/sub/deep/c.tif", "in/d.bmp")
-    before = tree("in")
+def test_folders_are_mirrored_and_single_pictures_lie_beside(sample_py, capsys):
+    put(COLOUR, "in/a.JPG", "in/b.gif", "in/d.bmp", "in/grid.png", "in/sub/a.webp",
+        "in/sub/deep/c.tif", "e.png", "x/f.png", "x/not.png")
     put(GREY, "out/a.JPG", "out/mine.png")  # the one of an earlier run, the other not of this one
-    mine = tree("out")
-    assert sample_py("in out") == 0
+    before, mine = tree("in"), tree("out")
+    assert sample_py("e.png x/f.png in e.png out --grid 0") == 0  # no grid: its name is free
+    *lines, count, place = capsys.readouterr().out.splitlines()
+    order = ["e.png", "f.png", "a.JPG", "b.gif.png", "d.bmp.png", "grid.png", "sub/a.webp",
+             "sub/deep/c.tif"]
+    assert [line.split(": ")[0] for line in lines] == [f"out/{name}" for name in order]
+    assert count.startswith("8 colorized") and place == "the results are in out"
     after = tree("out")
-    assert list(after) == ["out/a.JPG", "out/b.gif.png", "out/d.bmp.png", "out/grid.png",
-                           "out/mine.png", "out/sub/a.webp", "out/sub/deep/c.tif"]
+    assert [*after] == sorted(f"out/{name}" for name in (*order, "mine.png"))
     assert after["out/a.JPG"] != mine["out/a.JPG"] and after["out/mine.png"] == mine["out/mine.png"]
     assert tree("in") == before
+
+
+def test_hidden_files_linked_folders_and_pipes_are_passed_over(sample_py, capsys):
+    put(COLOUR, "in/a.png", "in/.hidden.png", "in/.thumbnails/b.png", "elsewhere/c.png")
+    for link, target in (("link.png", "elsewhere/c.png"), ("folder", "elsewhere")):
+        Path("in", link).symlink_to(Path(target).resolve())
+    Path("in/gone.png").symlink_to("nowhere")
+    os.mkfifo("in/pipe.png")  # whoever opened it would wait for ever
+    Path("in/folder.png").mkdir()
+    assert sample_py("in elsewhere out --grid 0") == 0
+    assert list(tree("out")) == ["out/a.png", "out/c.png", "out/link.png"]
+    assert "; 2 other files passed over" in capsys.readouterr().out
 
 
 def test_every_picture_gets_its_line_and_the_last_one_has_the_mean(sample_py, capsys):
@@ -719,86 +721,59 @@ def test_every_picture_gets_its_line_and_the_last_one_has_the_mean(sample_py, ca
         put(Image.fromarray(noise), f"in/{i}.png")
     put(GREY, "in/grey.png")
     put(ImageOps.colorize(GREY, (30, 15, 5), (255, 240, 200)), "in/sepia.jpg")
-    Path("in/notes.txt").touch()
-    assert sample_py("in out --grid 2") == 0
+    Path("in/cut.png").write_bytes(Path("in/0.png").read_bytes()[:300])
+    for name in ("in/empty.jpg", "in/notes.txt"):
+        Path(name).touch()
+    assert sample_py("in out --grid 4") == 1
     decibels = [peak_signal_noise_ratio(pixels(f"in/{i}.png"), pixels(f"out/{i}.png"),
                                         data_range=255) for i in range(3)]
     assert abs(np.mean(decibels) - np.median(decibels)) > 0.1
-    assert capsys.readouterr().out.splitlines() == [
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
         *(f"out/{i}.png: {quality:.2f} dB" for i, quality in enumerate(decibels)),
         "out/grey.png", "out/sepia.jpg",
-        f"5 colorized, {np.mean(decibels):.2f} dB on the 3 that had colour, 0 failed"
+        f"5 colorized, {np.mean(decibels):.2f} dB on the 3 that had colour, 2 failed"
         "; 1 other files passed over",
-        "the results are in out; out/grid.png shows 2 of them"]
+        "the results are in out; out/grid.png shows 3 of them"]
+    assert [line.split(": not colorized: ")[0] for line in err.splitlines()] == [
+        "in/cut.png", "in/empty.jpg"]
+    assert sample_py("in/0.png /proc/none") == 1  # no folder can be made there
+    assert "in/0.png: not colorized: cannot write /proc/none/0.png" in capsys.readouterr().err
 
 
-def test_several_inputs(sample_py, capsys):
-    put(COLOUR, "b.png", "x/a.png", "x/not.png", "folder/grid.png", "folder/sub/a.png")
-    assert sample_py("b.png x/a.png folder b.png out --grid 0") == 0
-    order = ["out/b.png", "out/a.png", "out/grid.png", "out/sub/a.png"]  # no grid: its name is free
-    assert list(tree("out")) == sorted(order)
-    *lines, count, place = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in lines] == order
-    assert count.startswith("4 colorized") and place == "the results are in out"
-
-
-def test_the_grid_is_bands_of_eight_columns(sample_py, capsys):
-    band = 2 * 258 + 24  # no picture had colour: two rows of cells, and their names
-    for i in range(10):
+def test_the_grid_is_bands_of_eight_columns_of_lightness_result_and_photograph(sample_py, capsys):
+    names = [f"0-{'m' * 60}.png", f"1-{'m' * 60}.png"]  # a long name keeps its end
+    put(EVERY_LEVEL.resize((256, 256), Image.Resampling.NEAREST), f"in/{names[0]}")
+    put(photo((60, 40)), f"in/{names[1]}")
+    for i in range(2, 10):
         put(Image.new("L", (30 + i, 20), 20 * i), f"in/{i}.png")
-    assert sample_py("in out") == 0
-    assert Image.open("out/grid.png").size == (8 * 258, band)
-    assert sample_py("in out --grid 9") == 0
+    for option, bands in (("", 1), ("--grid 9", 2)):
+        assert sample_py(f"in out {option}") == 0
+        page = pixels("out/grid.png")
+        assert page.shape == (bands * 798, 8 * 258, 3)  # three rows of cells, and their names
     assert "out/grid.png shows 9 of them" in capsys.readouterr().out
-    page = pixels("out/grid.png")
-    assert page.shape == (2 * band, 8 * 258, 3)
-    for i in range(9):
-        cell = page[i // 8 * band :, i % 8 * 258 :][:band, :256]
-        assert (cell[128, 128] == 20 * i).all() and (cell[0] == 255).all()  # padded in white
-        assert (cell[2 * 258 :] < 128).any()  # a name
-    assert (page[band:, 258:] == 255).all()
-
-
-def test_the_grids_rows_are_lightness_result_and_photograph(sample_py):
-    first, second = f"1-{'m' * 60}.png", f"2-{'m' * 60}.png"  # a long name keeps its end
-    put(photo((60, 40)), f"in/{first}")
-    put(EVERY_LEVEL.resize((256, 256), Image.Resampling.NEAREST), f"in/{second}")
-    assert sample_py("in out") == 0
-    page = pixels("out/grid.png")
-    assert page.shape == (3 * 258 + 24, 2 * 258, 3)
-    grey, made, real = [page[y : y + 256, :256] for y in (0, 258, 516)]
-    for cell, path in ((made, f"out/{first}"), (real, f"in/{first}")):
-        image = ImageOps.pad(Image.open(path), (256, 256), Image.Resampling.BICUBIC, "white")
+    assert sample_py("in/2.png grey") == 0  # no picture had colour: two rows
+    assert Image.open("grey/grid.png").size == (258, 540)
+    columns = [page[i // 8 * 798 :, i % 8 * 258 :][:798, :258] for i in range(9)]
+    for i, column in enumerate(columns[2:], 2):
+        assert (column[128, 128] == 20 * i).all() and (column[0, :256] == 255).all()  # padded
+        assert (column[516:774] == 255).all() and (column[774:] < 128).any()  # no row 3; a name
+    assert (page[798:, 258:] == 255).all()
+    assert np.array_equal(columns[0][:256, :256], pixels(f"in/{names[0]}"))  # rounded, not cut
+    assert np.array_equal(columns[0][774:], columns[1][774:]) and (columns[0][774:] < 128).any()
+    grey, made, real = [columns[1][y : y + 256, :256] for y in (0, 258, 516)]
+    for cell, folder in ((made, "out"), (real, "in")):
+        image = Image.open(Path(folder, names[1]))
+        image = ImageOps.pad(image, (256, 256), Image.Resampling.BICUBIC, "white")
         assert np.array_equal(cell, pixels(image))
     grey, real = rgb2lab(grey.astype(np.uint8)), rgb2lab(real.astype(np.uint8))
     assert np.abs(grey - real * (1, 0, 0)).max() < 0.3  # 8 bits
-    assert np.array_equal(page[:256, 258:514], pixels(f"in/{second}"))  # rounded, not cut
-    assert (page[516:774, 258:] == 255).all()  # the grey one has no third row
-    names = page[774:]
-    assert (names < 128).any() and np.array_equal(names[:, :258], names[:, 258:])
-
-
-def test_broken_files_are_named_and_the_others_colorized(sample_py, capsys):
-    make_photos("in", 3)
-    Path("in/a/cut.png").write_bytes(Path("in/a/00.png").read_bytes()[:300])
-    Path("in/b/empty.jpg").touch()
-    assert sample_py("in out") == 1
-    out, err = capsys.readouterr()
-    assert [line.split(": not colorized: ")[0] for line in err.splitlines()] == [
-        "in/a/cut.png", "in/b/empty.jpg"]
-    assert "3 colorized, " in out and ", 2 failed\n" in out and "shows 3 of them" in out
-    assert list(tree("out")) == ["out/a/00.png", "out/a/02.png", "out/b/01.png", "out/grid.png"]
-    assert sample_py("in/a/00.png /proc/none") == 1  # no folder can be made there
-    assert "in/a/00.png: not colorized: cannot write /proc/none/00.png: " in capsys.readouterr().err
-    Path("empty").mkdir()
-    assert sample_py("empty out") == 1 and "0 colorized, 0 failed\n" in capsys.readouterr().out
 
 
 def test_two_runs_into_one_folder_write_under_names_of_their_own(sample_py, monkeypatch):
     put(COLOUR, "a.png")
-    names, save = [], Image.Image.save
-    monkeypatch.setattr(Image.Image, "save", lambda image, path, *args, **options: (
-        names.append(Path(path)), save(image, path, *args, **options)))
+    names, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda part, path: names.append(part) or replace(part, path))
     for process in (1, 2):
         monkeypatch.setattr(os, "getpid", lambda: process)
         assert sample_py("a.png out") == 0
@@ -807,20 +782,9 @@ def test_two_runs_into_one_folder_write_under_names_of_their_own(sample_py, monk
     assert sorted(os.listdir("out")) == ["a.png", "grid.png"]
 
 
-def test_jpegs_are_written_at_quality_95_without_subsampling(sample_py):
-    put(COLOUR, "in/a.jpg")
-    Path("in/b.jpeg").write_bytes(Path("in/a.jpg").read_bytes())
-    assert sample_py("in out --grid 0") == 0
-    assert Path("out/a.jpg").read_bytes() == Path("out/b.jpeg").read_bytes()
-    COLOUR.save("best.jpg", quality=95, subsampling=0)
-    with Image.open("out/a.jpg") as image, Image.open("best.jpg") as best:
-        assert image.quantization == best.quantization and image.layer == best.layer
-
-
 def test_odd_names(sample_py, monkeypatch):
     names = ["n" * 251 + ".png", os.fsdecode(b"caf\xe9.png"), "a b: ü.png", "\x1b[31m\n.png"]
-    for name in names:
-        put(COLOUR, Path("in", name))
+    put(COLOUR, *(Path("in", name) for name in names))
     monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), "ascii"))
     assert sample_py("in out") == 0
     assert sorted(os.listdir("out")) == sorted([*names, "grid.png"])
@@ -828,41 +792,11 @@ def test_odd_names(sample_py, monkeypatch):
     assert "out/caf\\udce9.png: " in said and "out/a b: \\xfc.png: " in said
 
 
-MASK = photo((50, 37), seed=5, mode="L").point(lambda level: max(0, level - 110))
-HIDDEN = np.asarray(MASK) == 0
-SEEN = Image.fromarray(~HIDDEN)
-CUT_OUT = Image.merge("RGBA", (*COLOUR.split(), MASK))
-ON_WHITE = Image.composite(COLOUR, Image.new("RGB", (50, 37), "white"), SEEN)
-
-
-def test_hidden_pixels_are_white_and_steer_nothing(sample_py, capsys):
-    found = set()
-    for seed in range(3):
-        image = Image.composite(COLOUR, photo((50, 37), seed + 5), SEEN)
-        image.putalpha(MASK)
-        put(image, f"{seed}/a.png")
-        assert sample_py(f"{seed}/a.png out") == 0
-        found.add((*tree("out").values(), capsys.readouterr().out))
-    assert len(found) == 1 and 300 < HIDDEN.sum() < 1500
-    assert (pixels("out/a.png")[HIDDEN] == 255).all()
-    quality = peak_signal_noise_ratio(pixels(ON_WHITE), pixels("out/a.png"), data_range=255)
-    assert f"out/a.png: {quality:.2f} dB" in found.pop()[-1]
-
-
-def test_an_alpha_that_hides_nothing_is_none(sample_py):
-    COLOUR.convert("RGBA").save("a.png")
-    Path("a.jpg").write_bytes(Path("a.png").read_bytes())  # a screenshot that was renamed
-    assert sample_py("a.png a.jpg out") == 0
-    for name, format in (("a.png", "PNG"), ("a.jpg", "JPEG")):
-        image = Image.open(f"out/{name}")
-        assert (image.format, image.mode) == (format, "RGB")
-
-
 # --- Reading pictures ----------------------------------------------------------------------------
 
 def saved(image, format, **options):
     """A picture's file as bytes, as near to the picture as the format allows."""
-    best = {"quality": 100, "lossless": True, "exact": True} if format != "TIFF" else {}
+    best = {"quality": 100, "lossless": True, "exact": True} if format != "tiff" else {}
     image.save(buffer := io.BytesIO(), format, **best | options)
     return buffer.getvalue()
 
@@ -871,12 +805,6 @@ def tiff(values, **options):
     """A TIFF's bytes, of the kinds that Pillow does not write."""
     tifffile.imwrite(buffer := io.BytesIO(), values, **options)
     return buffer.getvalue()
-
-
-def exif(tags):
-    made = Image.Exif()
-    made.update(tags)
-    return made.tobytes()
 
 
 # ICC profiles: sRGB; values in proportion to light, of RGB and of grey.
@@ -890,59 +818,60 @@ LINEAR = GREY.point(  # what GREY is then; sRGB's curve without its foot, which 
 GAMA, XMP = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
 GAMA.add(b"gAMA", struct.pack(">I", 45455))  # sRGB's
 XMP.add_itxt("XML:com.adobe.xmp", PACKET := "<x:xmpmeta xmlns:x='adobe:ns:meta/'/>")
+MASK = photo((50, 37), seed=5, mode="L").point(lambda level: max(0, level - 110))
+SEEN = Image.fromarray(np.asarray(MASK) > 0)
+CUT_OUT = Image.merge("RGBA", (*COLOUR.split(), MASK))
+on_white = lambda image, seen: Image.composite(image, image.point(lambda level: 255), seen)
+ON_WHITE = on_white(COLOUR, SEEN)  # hidden pixels are white, and steer nothing
 CMYK, PALETTE = COLOUR.convert("CMYK"), COLOUR.quantize(16)
+SIXTEEN = PALETTE.convert("RGB")
 KEY = Image.fromarray(np.where(np.asarray(PALETTE) == 3, 0, 255).astype(np.uint8))
-FLAT = np.asarray(GREY).astype(np.uint16) * 257
+FLAT, DEEP_RGB = (np.asarray(image).astype(np.uint16) * 257 for image in (GREY, COLOUR))
 DEEP = (FLAT + np.where(FLAT > 32768, 120, -120)).astype(np.uint16)  # nearest to GREY all the same
-DEEP_RGB = pixels(COLOUR).astype(np.uint16) * 257
+PLANES, PLANAR = np.moveaxis(DEEP_RGB, 2, 0), {"photometric": "rgb", "planarconfig": "separate"}
 PAGES = {"save_all": True, "append_images": [MASK]}
-T = Image.Transpose
 
 PICTURES = {  # name: its file, how it is to be seen, its alpha if any
-    **{f"grey.{suffix}": (saved(GREY, format), GREY) for suffix, format in (
-        ("png", "PNG"), ("bmp", "BMP"), ("jpg", "JPEG"), ("webp", "WEBP"), ("pgm", "PPM"))},
-    "rgb.png": (saved(COLOUR, "PNG"), COLOUR), "rgb.jpg": (saved(COLOUR, "JPEG"), COLOUR),
-    "bit.png": (saved(GREY.convert("1"), "PNG"), GREY.convert("1")),
-    "lzw.tif": (saved(GREY, "TIFF", compression="tiff_lzw"), GREY),
+    **{f"grey.{kind}": (saved(GREY, kind), GREY) for kind in ("png", "bmp", "jpeg", "webp", "ppm")},
+    "rgb.png": (saved(COLOUR, "png"), COLOUR), "rgb.jpg": (saved(COLOUR, "jpeg"), COLOUR),
+    "opaque.png": (saved(COLOUR.convert("RGBA"), "png"), COLOUR),  # it hides nothing: no alpha
+    "renamed.jpg": (saved(COLOUR.convert("RGBA"), "png"), COLOUR),  # a screenshot
+    "bit.png": (saved(GREY.convert("1"), "png"), GREY.convert("1")),
+    "lzw.tif": (saved(GREY, "tiff", compression="tiff_lzw"), GREY),
     "white-is-0.tif": (tiff(255 - np.asarray(GREY), photometric="miniswhite"), GREY),
-    "16-bit.png": (saved(Image.fromarray(DEEP), "PNG"), GREY),
+    "16-bit.png": (saved(Image.fromarray(DEEP), "png"), GREY),
     "16-bit.tif": (tiff(DEEP), GREY), "16-bit-big.tif": (tiff(DEEP, byteorder=">"), GREY),
     "16-bit.pgm": (b"P5 50 37 65535\n" + DEEP.astype(">u2").tobytes(), GREY),
-    "16-bit-rgb.tif": (tiff(DEEP_RGB, photometric="rgb"), COLOUR),
-    "planar-16.tif": (tiff(np.moveaxis(DEEP_RGB, 2, 0), photometric="rgb", compression="zlib",
-                           planarconfig="separate"), COLOUR),
-    "palette.png": (saved(PALETTE, "PNG"), PALETTE.convert("RGB")),
-    "cmyk.tif": (saved(CMYK, "TIFF"), COLOUR), "cmyk.jpg": (saved(CMYK, "JPEG"), COLOUR),
-    "pages.tif": (saved(GREY, "TIFF", **PAGES), GREY),
-    "page.gif": (saved(GREY, "GIF", **PAGES), GREY),
-    "views.mpo": (saved(GREY, "MPO", **PAGES), GREY),
-    "grey-icc.png": (saved(GREY, "PNG", icc_profile=LIGHT_GREY), LINEAR),
-    "grey-icc-gama.png": (saved(GREY, "PNG", icc_profile=LIGHT_GREY, pnginfo=GAMA), LINEAR),
-    "16-bit-icc.png": (saved(Image.fromarray(FLAT), "PNG", icc_profile=LIGHT_GREY), LINEAR),
-    "icc.jpg": (saved(GREY.convert("RGB"), "JPEG", icc_profile=LIGHT_RGB), LINEAR.convert("RGB")),
-    "other-mode.png": (saved(GREY, "PNG", icc_profile=LIGHT_RGB), GREY),
-    "other-mode.tif": (saved(CMYK, "TIFF", icc_profile=LIGHT_RGB), COLOUR),
-    "broken-profile.png": (saved(GREY, "PNG", icc_profile=b"broken"), GREY),
-    "grey-alpha.png": (saved(Image.merge("LA", (GREY, MASK)), "PNG"),
-                       Image.composite(GREY, Image.new("L", (50, 37), 255), SEEN), MASK),
-    "alpha.png": (saved(CUT_OUT, "PNG"), ON_WHITE, MASK),
-    "alpha.webp": (saved(CUT_OUT, "WEBP"), ON_WHITE, MASK),
-    "key.png": (saved(PALETTE, "PNG", transparency=3), Image.composite(
-        PALETTE.convert("RGB"), Image.new("RGB", KEY.size, "white"), KEY), KEY),
-    **{f"{w}-{h}.png": (saved(GREY.resize((w, h)), "PNG"), GREY.resize((w, h)))
+    "16-bit-rgb.tif": (tiff(DEEP_RGB, photometric="rgb", subfiletype=2), COLOUR),  # a page
+    "planar-16.tif": (tiff(PLANES, compression="zlib", **PLANAR), COLOUR),
+    "palette.png": (saved(PALETTE, "png"), SIXTEEN),
+    "cmyk.tif": (saved(CMYK, "tiff"), COLOUR), "cmyk.jpg": (saved(CMYK, "jpeg"), COLOUR),
+    **{f"pages.{kind}": (saved(GREY, kind, **PAGES), GREY) for kind in ("tiff", "gif", "mpo")},
+    "grey-icc.png": (saved(GREY, "png", icc_profile=LIGHT_GREY), LINEAR),
+    "grey-icc-gama.png": (saved(GREY, "png", icc_profile=LIGHT_GREY, pnginfo=GAMA), LINEAR),
+    "16-bit-icc.png": (saved(Image.fromarray(FLAT), "png", icc_profile=LIGHT_GREY), LINEAR),
+    "icc.jpg": (saved(GREY.convert("RGB"), "jpeg", icc_profile=LIGHT_RGB), LINEAR.convert("RGB")),
+    "other-mode.png": (saved(GREY, "png", icc_profile=LIGHT_RGB), GREY),
+    "other-mode.tif": (saved(CMYK, "tiff", icc_profile=LIGHT_RGB), COLOUR),
+    "broken-profile.png": (saved(GREY, "png", icc_profile=b"broken"), GREY),
+    "grey-alpha.png": (saved(Image.merge("LA", (GREY, MASK)), "png"), on_white(GREY, SEEN), MASK),
+    **{f"alpha.{kind}": (saved(CUT_OUT, kind), ON_WHITE, MASK) for kind in ("png", "webp")},
+    "key.png": (saved(PALETTE, "png", transparency=3), on_white(SIXTEEN, KEY), KEY),
+    **{f"{w}-{h}.png": (saved(GREY.resize((w, h)), "png"), GREY.resize((w, h)))
        for w, h in ((1, 1), (1, 300), (900, 2))},
 }
-UPRIGHT = [T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270,
-           T.TRANSVERSE, T.ROTATE_90]  # of EXIF's orientations from 2
-for kind, format, image, *seen in [
-        ("rgb.jpg", "JPEG", COLOUR, COLOUR), ("rgb.png", "PNG", COLOUR, COLOUR),
-        ("grey.tif", "TIFF", GREY, GREY), ("16-bit.tif", "TIFF", Image.fromarray(DEEP), GREY),
-        ("alpha.tif", "TIFF", CUT_OUT, ON_WHITE, MASK), ("cmyk.tif", "TIFF", CMYK, COLOUR),
-        ("palette.tif", "TIFF", PALETTE, PALETTE.convert("RGB"))]:
+UPRIGHT = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",
+           "TRANSVERSE", "ROTATE_90")  # of EXIF's orientations from 2
+for kind, image, *seen in (
+        ("rgb.jpeg", COLOUR, COLOUR), ("rgb.png", COLOUR, COLOUR), ("grey.tiff", GREY, GREY),
+        ("16-bit.tiff", Image.fromarray(DEEP), GREY), ("alpha.tiff", CUT_OUT, ON_WHITE, MASK),
+        ("cmyk.tiff", CMYK, COLOUR), ("palette.tiff", PALETTE, SIXTEEN)):
     for number, turn in enumerate(UPRIGHT, 2):
+        made = Image.Exif()
+        made[0x0112] = number
         PICTURES[f"turned-{number}-{kind}"] = (
-            saved(image, format, exif=exif({0x0112: number})),
-            *(part.transpose(turn) for part in seen))
+            saved(image, kind.split(".")[1], exif=made),
+            *(part.transpose(Image.Transpose[turn]) for part in seen))
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -950,7 +879,7 @@ def test_every_kind_of_picture_is_read_right_and_keeps_its_lightness(name, sampl
     blob, expected, *alpha = PICTURES[name]
     Path(name).write_bytes(blob)
     # JPEG loses a little; colour management works in tables of 8 bits, coarse in the shadows.
-    loss = 3 if name[-3:] in ("jpg", "mpo") else 2.5 if "icc" in name else 0
+    loss = 3 if name.endswith(("jpg", "jpeg", "mpo")) else 2.5 if "icc" in name else 0
     read = data.read_picture(name).image
     assert np.abs(lab_of(read) - lab_of(expected))[..., 0].max() <= loss
     assert loss or np.array_equal(pixels(read), pixels(expected))
@@ -959,10 +888,15 @@ def test_every_kind_of_picture_is_read_right_and_keeps_its_lightness(name, sampl
     assert path.name == (name if path.suffix == Path(name).suffix else f"{name}.png")
     result = Image.open(path)
     assert result.size == expected.size and 0x0112 not in result.getexif()
+    assert result.format == Image.registered_extensions()[path.suffix]
+    if result.format == "JPEG":  # quality 95, colour at full resolution
+        best = Image.open(io.BytesIO(saved(COLOUR, "jpeg", quality=95, subsampling=0)))
+        assert result.quantization == best.quantization and result.layer == best.layer
     # 8 bits: a rounded RGB is at most half a level off in each channel, 0.6 of L* near black.
     visible = np.asarray(*alpha) > 0 if alpha else ...
     difference = lab_of(result)[visible] - lab_of(expected)[visible]
     assert np.abs(difference)[..., 0].max() < loss + 0.7
+    assert not alpha or result.format != "PNG" or (pixels(result)[~visible] == 255).all()
     if name not in ("1-1.png", "bit.png"):  # black and white have no colour
         assert np.ptp(pixels(result), axis=2).max() > 8
     assert result.has_transparency_data == bool(alpha)
@@ -971,23 +905,20 @@ def test_every_kind_of_picture_is_read_right_and_keeps_its_lightness(name, sampl
     assert np.array_equal(data.decode(Path(name), 16), small)
 
 
-RAMP, MISREAD = np.linspace(-3, 9, 50 * 37, dtype=np.float32).reshape(37, 50), "16 bits a channel"
+RAMP = np.linspace(-3, 9, 50 * 37, dtype=np.float32).reshape(37, 50)
+DEPTH = [struct.pack("<2HI2H", 258, 3, 1, bits, 0) for bits in (16, 12)]  # TIFF's tag of 16 or 12
 REFUSED = {  # name: its file, what is said
-    "32-bit.tif": (tiff(FLAT.astype(np.uint32) * 65537), MISREAD),
-    "float.tif": (tiff(RAMP), MISREAD),
-    "float.pfm": (b"Pf\n50 37\n-1.0\n" + RAMP.tobytes(), MISREAD),
-    "signed.tif": (tiff(np.asarray(GREY).astype(np.int8)), MISREAD),
-    "white-is-0.tif": (tiff(FLAT, photometric="miniswhite"), MISREAD),
-    "12-bit.tif": (tiff(FLAT).replace(struct.pack("<2HI2H", 258, 3, 1, 16, 0),
-                                      struct.pack("<2HI2H", 258, 3, 1, 12, 0)), MISREAD),
-    "planar-16.tif": (tiff(np.moveaxis(DEEP_RGB, 2, 0), photometric="rgb",
-                           planarconfig="separate"), MISREAD),
-    "preview.tif": (tiff(np.asarray(GREY), subfiletype=1), "its first page is a preview"),
-    "cut.png": (saved(COLOUR, "PNG")[:-300], "truncated"),
-    "cut.jpg": (saved(COLOUR, "JPEG")[:-300], "truncated"),
+    **{name: (blob, "neither 8 nor plain 16 bits a channel") for name, blob in (
+        ("32-bit.tif", tiff(FLAT.astype(np.uint32) * 65537)), ("float.tif", tiff(RAMP)),
+        ("float.pfm", b"Pf\n50 37\n-1.0\n" + RAMP.tobytes()),
+        ("signed.tif", tiff(np.asarray(GREY).astype(np.int8))),
+        ("white-is-0.tif", tiff(FLAT, photometric="miniswhite")),
+        ("12-bit.tif", tiff(FLAT).replace(*DEPTH)), ("planar-16.tif", tiff(PLANES, **PLANAR)))},
+    "preview.tif": (tiff(np.asarray(GREY), subfiletype=3), "its first page is a preview"),
+    **{f"cut.{kind}": (saved(COLOUR, kind)[:-300], "truncated") for kind in ("png", "jpeg")},
     "huge.ppm": (b"P6 60000 60000 255\n", "limit"),
     "empty.png": (b"", "cannot identify"), "text.png": (b"no picture", "cannot identify"),
-    "alpha.jpg": (saved(CUT_OUT, "PNG"), "cannot write mode RGBA as JPEG"),
+    "alpha.jpg": (saved(CUT_OUT, "png"), "cannot write mode RGBA as JPEG"),
 }
 
 
@@ -1009,7 +940,9 @@ def test_a_picture_that_would_come_out_wrong_is_refused_by_name(name, sample_py,
 def test_exif_and_resolution_are_kept_and_the_orientation_is_used_up(suffix, options, sample_py):
     tags = {270: "Vera's roses", 0x0112: 6, 0x8769: {0x9003: "1921:05:04 03:02:01"},
             0x8825: {1: "N", 2: (51.0, 30.0, 0.0)}}  # the place, by GPS
-    COLOUR.save(f"a.{suffix}", dpi=(300, 300), exif=exif(tags), **options)
+    exif = Image.Exif()
+    exif.update(tags)
+    COLOUR.save(f"a.{suffix}", dpi=(300, 300), exif=exif.tobytes(), **options)
     assert sample_py(f"a.{suffix} out --grid 0") == 0
     image = Image.open(f"out/a.{suffix}")
     found = image.getexif()
@@ -1020,17 +953,6 @@ def test_exif_and_resolution_are_kept_and_the_orientation_is_used_up(suffix, opt
     if suffix != "webp":  # which has no place for it
         assert image.info["dpi"] == pytest.approx((300, 300), abs=0.01)  # PNG counts in metres
     assert b"xmpmeta" not in Path(f"out/a.{suffix}").read_bytes()  # it may turn the picture again
-
-
-def test_hidden_files_linked_folders_and_pipes_are_passed_over(sample_py):
-    put(COLOUR, "in/a.png", "in/.hidden.png", "in/.thumbnails/b.png", "elsewhere/c.png")
-    Path("in/link.png").symlink_to(Path("elsewhere/c.png").resolve())
-    Path("in/folder").symlink_to(Path("elsewhere").resolve())
-    Path("in/gone.png").symlink_to("nowhere")
-    os.mkfifo("in/pipe.png")  # whoever opened it would wait for ever
-    Path("in/folder.png").mkdir()
-    assert sample_py("in out --grid 0") == 0
-    assert list(tree("out")) == ["out/a.png", "out/link.png"]
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -1057,7 +979,7 @@ def test_what_cannot_be_read_and_too_much_grey_are_named(capsys):
         for _ in range(2):  # also when the cache is there
             photos = data.Photos("photos", 32)
             out = capsys.readouterr().out
-            assert f"1 of {21 + grey} images left out, broken or all black: cut.png\n" in out
+            assert f"1 of {21 + grey} images left out" in out and "again): cut.png\n" in out
             assert (f"warning: {grey} of {20 + grey} images are black and white" in out) == (
                 grey == 3)  # more than a tenth
     assert sum(map(len, (photos.train, photos.val, photos.test))) == 23
@@ -1076,16 +998,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(refused, capsys):
 
 def test_only_the_default_folder_is_downloaded(monkeypatch):
     from torchvision.datasets import Flowers102
-    for answer in ("no route to host", None):
-        def fetch(self, root, download):
-            make_photos(root / "flowers-102" / "jpg")
-            if answer:
-                raise RuntimeError(answer)
-        monkeypatch.setattr(Flowers102, "__init__", fetch)
-        if answer:
-            with pytest.raises(data.UsageError, match=f"{answer}.*by hand.*--data demo"):
-                data.Photos("data", 32)
-        assert Path("data").exists() < Path("data.part").exists() or not answer
+    answers = ["no route to host"]
+    def fetch(self, root, download):
+        make_photos(root / "flowers-102" / "jpg")
+        if answers:
+            raise RuntimeError(answers.pop())
+    monkeypatch.setattr(Flowers102, "__init__", fetch)
+    with pytest.raises(data.UsageError, match="no route to host.*by hand.*--data demo"):
+        data.Photos("data", 32)
+    assert Path("data.part").exists() and not Path("data").exists()
     assert len(data.Photos("data", 32).images) == 20 and not Path("data.part").exists()
 
 
@@ -1108,25 +1029,24 @@ def test_train_mistakes_are_one_line_that_names_the_last_option(command, refused
 @pytest.mark.parametrize("command, named", [
     ("missing out", ["input missing", "no such file"]), ("in", ["out"]),
     ("in in", ["out in"]), ("in in/out", ["out in/out"]), ("in/a/00.png in/a", ["out in/a"]),
-    ("in again/../in/out", ["out again/../in/out"]),
+    ("in again/../in/out", ["out again/../in/out"]), ("in/a/00.png b.PNG", ["out b.PNG"]),
     ("ph/b ph --grid 0", ["out ph: would replace", "ph/b/x.png"]),
     ("in file", ["out file", "folder"]), ("in/a/00.png b.jpg", ["out b.jpg", "folder"]),
-    ("in/a/00.png b.PNG", ["out b.PNG"]),
-    ("photo.heic out", ["photo.heic", "convert it to JPEG"]),
+    ("photo.heic out", ["photo.heic", "convert it to JPEG"]), ("none out", ["input none: no pic"]),
     ("photo.dng out", ["photo.dng", "convert it to JPEG"]),
     ("in/a/00.png again/00.png out", ["again/00.png", "in/a/00.png", "rename it"]),
     ("two out", ["two/a.gif", "out/a.gif.png", "rename it"]),
     ("again out", ["again/grid.png", "--grid 0"]), ("again/grid.png out", ["--grid 0"]),
-    ("in out --device gpu", ["--device gpu"]), ("in out --device cuda:99", ["--device cuda:99"]),
-    ("in out --size 3", ["--size"]), ("in out --grid -1", ["--grid"]),
-    ("in out --grid many", ["--grid"]), ("in out --strength -1", ["--strength"]),
-    ("in out --strength 11", ["--strength"]), ("in out --strength nan", ["--strength"]),
-    ("in out --ckpt none.pt", ["none.pt", "No such file"]), ("in out --ckpt file", ["file"])])
+    ("in out --ckpt none.pt", ["none.pt", "No such file"]), ("in out --ckpt file", ["file"]),
+    *((f"in out {option}", [option.split()[0]]) for option in (
+        "--device gpu", "--device cuda:99", "--size 3", "--grid -1", "--grid many", "--strength -1",
+        "--strength 11", "--strength nan"))])
 def test_mistakes_of_sample_py_are_one_line(command, named, sample_py, refused):
     make_photos("in", 2)
     put(GREY, "again/00.png", "again/grid.png", "two/a.gif", "two/a.gif.png",
         "ph/b/x.png", "ph/b/b/x.png")
-    for name in ("file", "photo.heic", "photo.dng"):
+    for name in ("file", "photo.heic", "photo.dng", "none/photo.heic"):
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     refused(sample_py, command, *named)
 
@@ -1156,7 +1076,6 @@ def test_a_run_that_is_killed_or_stopped_resumes_exactly():
     whole, stopped = ([row | {"images_per_s": ""} for row in read_log(out)]
                       for out in ("whole", "stopped"))
     assert whole == stopped and len(whole) == 10
-    assert_identical(*[torch.load(f"{out}/g.pt")["generator"] for out in ("whole", "stopped")])
 
 
 WORKER = """
@@ -1210,17 +1129,6 @@ def test_ctrl_c_leaves_whole_pictures_and_skip_existing_goes_on(ckpt, sample_py,
     assert len(tree("out")) == 150 and before.items() < tree("out").items()
 
 
-def mutate(blob, other, rng):
-    """Break a file: flip bits, cut it, or splice it with another."""
-    place, kind = rng.randrange(len(blob)), rng.choice(("flip", "cut", "splice"))
-    if kind != "flip":
-        return blob[:place] + other[rng.randrange(len(other)) :] * (kind == "splice")
-    blob = bytearray(blob)
-    for _ in range(rng.choice((1, 4, 30))):
-        blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
-    return blob
-
-
 def test_mutated_files_are_colorized_or_named(sample_py, capsys):
     """MUTATIONS files (300): each is written or named."""
     rng, count = random.Random(0), int(os.environ.get("MUTATIONS", 300))
@@ -1228,8 +1136,12 @@ def test_mutated_files_are_colorized_or_named(sample_py, capsys):
     names = [f"{i:05}.{rng.choice(list(files))}" for i in range(count)]
     Path("in").mkdir()
     for name in names:
-        blob, other = files[name[6:]], rng.choice(list(files.values()))
-        Path("in", name).write_bytes(mutate(blob, other, rng))
+        blob, other = bytearray(files[name[6:]]), rng.choice(list(files.values()))
+        place, start = rng.randrange(len(blob)), rng.randrange(len(other))
+        for _ in range(rng.choice((1, 4, 30))):
+            blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
+        tail = rng.choice((blob[place:], b"", other[start:]))  # only flipped; cut; spliced
+        Path("in", name).write_bytes(blob[:place] + tail)
     assert sample_py("in out --grid 0") == 1
     named = [line.split(": ")[0][3:] for line in capsys.readouterr().err.splitlines()]
     written = [name.removesuffix(".png") if name.count(".") == 2 else name

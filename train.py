@@ -170,24 +170,23 @@ def train(run, photos, rank):
         rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
         rows = photos.train[rng.permutation(len(photos.train))]
         torch.manual_seed(int(rng.integers(2**32)) + rank)  # crops, ageing, mixes: each its own
-        history, start = [], time.perf_counter()
+        terms, start = [], time.perf_counter()
         for i in range(steps):
             for optimizer in (run.optimizer_g, run.optimizer_c):
                 optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (i + 0.5) / steps)
             chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]
             L, ab = photos.batch(chosen, crop=True, aged=args.aged)
             if epoch < args.pretrain_epochs:
-                terms = pretrain_step(run, L, ab)
+                terms.append(pretrain_step(run, L, ab))  # on the device: no step waits for it
             else:
-                terms = adversarial_step(run, L, ab)
-            history.append(terms)  # on the device: no step waits for it
+                terms.append(adversarial_step(run, L, ab))
             update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
             if rank == 0:
                 rate = (i + 1) * batch / (time.perf_counter() - start)
                 live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s, "
                      f"{(steps - i - 1) * batch / rate:.0f} s left in it")
 
-        means = {name: torch.stack([t[name] for t in history]).mean() for name in history[0]}
+        means = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
         average(means.values())
         means = {name: mean.item() for name, mean in means.items()}  # waits for the device
         run.check_finite(means, epoch)
@@ -219,7 +218,7 @@ def log_epoch(run, photos, means, rate):
 # --- HOUSEKEEPING: evaluation --------------------------------------------------------------------
 
 def to_uint8(L, ab):
-    """L and ab as networks see them, to RGB (N, 3, H, W) uint8."""
+    """L and ab as networks see them, to RGB (N, 3, H, W) uint8, clipped as scikit-image does."""
     return (lab_to_rgb(denormalize(L, ab.float())) * 255).round().byte()
 
 
@@ -244,8 +243,7 @@ def evaluate(predict, photos, rows, ssim=False, aged=0.0):
 
     predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged. aged: the
     share of images that predict sees aged, each time in the same way; its colours are joined with
-    the photograph's own L. Returns a dict of tensors (N,). An image identical to the real one
-    counts as 100 dB, just above what one level off makes.
+    the photograph's own L. Returns a dict of tensors (N,), PSNR of 100 at the most.
     """
     figures = []
     torch.manual_seed(0)  # of ageing
@@ -341,7 +339,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.log, self.history = 0, [], []  # history: of the runs it began from
         self.contents = None  # the digest of the photographs, of a resumed run
-        self.saved, self.stamp = -math.inf, None  # when; and the time that last.pt then had
+        self.saved, self.written = -math.inf, None  # when; last.pt's own time of the same
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -371,7 +369,7 @@ class Run:
     def save(self, photos):
         """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epochs since."""
         out, last = self.args.out, self.args.out / "last.pt"
-        if self.stamp != (last.stat().st_mtime_ns if last.exists() else None):
+        if self.written != (last.stat().st_mtime_ns if last.exists() else None):
             raise UsageError(f"--out {out}: another process trains there too; end one of them")
         weights = {name: value.half() if value.ndim > 1 else value  # statistics may pass 65504
                    for name, value in self.ema.state_dict().items()}
@@ -387,17 +385,17 @@ class Run:
         with replacing(last) as part:
             torch.save(state | {"options": own, "history": self.history, "log": self.log,
                                 "contents": photos.contents}, part)
-        self.saved, self.stamp = time.monotonic(), last.stat().st_mtime_ns
+        self.saved, self.written = time.monotonic(), last.stat().st_mtime_ns
 
     def load(self, path):
         """Go on from last.pt. An option that the saved run did not have yet counts as its default.
 
         Raises UsageError where an option differs, or the networks of a changed models.py.
         """
-        self.stamp = path.stat().st_mtime_ns
+        self.written = path.stat().st_mtime_ns
         checkpoint = load_checkpoint(path)
         with fitting(path):
-            saved = vars(parse_args(["--resume"])) | checkpoint["options"]
+            saved = vars(parse_args(["--resume"])) | checkpoint["options"]  # it may lack some
             self.epoch, self.log = saved["epoch"], checkpoint["log"]
             self.history, self.contents = checkpoint["history"], checkpoint["contents"]
         for name, value in self.options().items():
@@ -412,11 +410,11 @@ class Run:
 
 # --- HOUSEKEEPING: processes and the command line ------------------------------------------------
 
-def join_processes():
+def join_processes(device):
     """Join the processes of torchrun, if it started this one. Returns the rank and their number."""
     if not dist.is_torchelastic_launched():
         return 0, 1
-    if torch.cuda.is_available():
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=timedelta(hours=1))  # to decode
     return dist.get_rank(), dist.get_world_size()
@@ -435,10 +433,9 @@ def first_process_first():
 
 def resolve_amp(name, device):
     """What --amp auto stands for on this device: a run goes on with what it began with."""
-    if name != "auto" or device.type != "cuda":
-        return "off" if name == "auto" else name
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it, slowly
-    return "bf16" if bf16 else "fp16"
+    if name == "auto" and device.type == "cuda":  # a T4 emulates bf16, slowly
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "off" if name == "auto" else name
 
 
 def parse_args(argv=None):
@@ -496,7 +493,7 @@ def parse_args(argv=None):
 def start(args):
     """Train by the options, and report on the result."""
     # Setup
-    rank, args.processes = join_processes()
+    rank, args.processes = join_processes(args.device)  # an option, too, for resume
     device = pick_device(args.device)
     args.amp = resolve_amp(args.amp, device)
     torch.backends.cudnn.benchmark = True
