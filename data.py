@@ -263,9 +263,9 @@ def read_picture(path):
             image.info["icc_profile"] = profile
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-        if image.mode != "CMYK":  # whose profile wants it as it is
-            image = image.convert(mode)
-        image = to_srgb(image).convert(mode)  # profiles make RGB of grey
+        converted = lambda image: image if image.mode == mode else image.convert(mode)
+        # CMYK as it is, for its profile; and again, since profiles make RGB of grey.
+        image = converted(to_srgb(image if image.mode == "CMYK" else converted(image)))
     if alpha:
         image.paste("white", mask=alpha.point(lambda level: 255 * (level == 0)))
     return Picture(image, None if alpha and alpha.getextrema() == (255, 255) else alpha, metadata)

@@ -125,9 +125,8 @@ def fitting(path):
     try:
         yield
     except Exception as error:
-        raise UsageError(f"{path}: does not fit this code, or is damaged "
-                         f"({' '.join(str(error).split())[:150]}); use the code that made it, or "
-                         "train anew with another --out") from error
+        reason = " ".join(str(error).split())[:150]
+        raise UsageError(f"{path}: does not fit this code, or is damaged ({reason})") from error
 
 
 def load_generator(path, device):
