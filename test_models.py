@@ -1,7 +1,4 @@
-"""Tests of the colorizer, and what it promises: CPU, no network, the slow ones last.
-
-    python -m pytest
-"""
+"""What the colorizer promises: CPU, no network, the slow ones last. python -m pytest"""
 import os
 os.environ["OMP_NUM_THREADS"] = "1"  # threads of torch and of the processes started here: steady
 import copy
@@ -154,8 +151,11 @@ def test_networks_are_the_papers():
 
     kinds = lambda layers: [type(layer).__name__ for layer in layers]
     generator, critic = models.UNet(4), models.PatchCritic(64).layers
-    assert kinds(generator.down1) == ["Conv2d", "BatchNorm2d", "ReLU"] * 2
-    assert kinds([generator.pool]) == ["MaxPool2d"]
+    assert kinds([*generator.down1, generator.pool]) == [
+        "Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["MaxPool2d"]
+    up, x, skip = models.Up(4, 2), torch.rand(1, 4, 3, 3), torch.rand(1, 2, 6, 6)
+    up.conv = nn.Identity()
+    assert torch.equal(up(x, skip), torch.cat([skip, up.up(x)], 1))  # the skip connection first
     middle = ["Conv2d", "InstanceNorm2d", "LeakyReLU"] * 4
     assert kinds(critic) == ["Conv2d", "LeakyReLU", *middle, "Conv2d"]
     assert {m.negative_slope for m in critic if isinstance(m, nn.LeakyReLU)} == {0.2}
@@ -285,7 +285,7 @@ def test_some_pictures_lie_whole_on_paper():
     assert 0.33 < framed.float().mean() < 0.44  # 3 deviations; some margins are too thin to see
     crops, margin = crops[framed], margin[framed]
     level = crops[:, 2].amin((1, 2))[:, None, None]
-    assert -1e-4 < level.min() and level.max() < 1.5 and abs(level.mean() - 0.75) < 0.08
+    assert -1e-4 < level.min() < 0.05 and 1.45 < level.max() < 1.5 and 0.65 < level.mean() < 0.85
     assert (crops[:, 2] - level)[margin].abs().max() < 1e-4  # one grey an image
     inside = crops[:, 2] > (9 + level) / 2
     low, high = (torch.where(inside[:, None], crops[:, :2], x).flatten(2) for x in (1, 0))
@@ -426,27 +426,24 @@ def test_learning_rate_and_adam(run):
 def test_an_epoch_is_every_image_once_anew_in_order_crop_and_age(monkeypatch):
     make_photos("photos")
     batches, averaged, batch, update = [], [], data.Photos.batch, train.update_ema
-    times, rate = [], train.learning_rate
     def spy(photos, rows, crop=False, aged=0.0):
         if crop:
             batches.append((rows.tolist(), torch.initial_seed(), aged))
         return batch(photos, rows, crop, aged)
     monkeypatch.setattr(data.Photos, "batch", spy)
     monkeypatch.setattr(train, "update_ema", lambda *x: averaged.append(x[2]) or update(*x))
-    monkeypatch.setattr(train, "learning_rate", lambda *x: times.append(x[1]) or rate(*x))
-    command = f"{TINY} --pretrain-epochs 2 --epochs 1 --aged 0.3 --lr 0.002"
+    command = f"{TINY} --pretrain-epochs 3 --epochs 0 --aged 0.3"
     for options in ("--out a", "--out b", "--out c --seed 1"):
         assert train_py(f"{command} {options}") == 0
     assert averaged == [*range(6)] * 3  # the warm-up counts batches, over all epochs
-    assert times == [t for t in np.arange(0.25, 3, 0.5) for _ in "gc"] * 3  # the middle of a step
     a, b, c = batches[:6], batches[6:12], batches[12:]
     assert a == b and {aged for _, _, aged in a} == {0.3}
     epochs = [x[i][0] + x[i + 1][0] for x in (a, c) for i in (0, 2, 4)]
     rows = data.Photos("photos", 32).train.tolist()
     assert len({*map(tuple, epochs)}) == 6 and all(sorted(e) == sorted(rows) for e in epochs)
     assert len({seed for _, seed, _ in a + c}) == 6  # of crops and ageing: each epoch its own
-    last = torch.load("a/last.pt")
-    assert [last[f"optimizer_{x}"]["param_groups"][0]["lr"] for x in "gc"] == [0.002] * 2
+    rates = {torch.load("a/last.pt")[f"optimizer_{x}"]["param_groups"][0]["lr"] for x in "gc"}
+    assert rates == {train.learning_rate(train.parse_args(command.split()), 2.75)}  # amid the last
 
 
 def test_colourfulness_of_two_colours():
@@ -500,7 +497,10 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeyp
         assert np.abs(row - pictures[name]).max() <= 1  # a level the other way
 
 
-def test_training_learns_and_reports(capsys):
+def test_training_learns_and_reports(capsys, monkeypatch):
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: written.append(b.name) or replace(a, b))
+    monkeypatch.setattr(train, "SAVE_SECONDS", 1000)
     toned = lambda seed: ImageOps.colorize(photo(seed=seed, mode="L"), "blue", "yellow")
     make_photos("photos", 40, toned)  # colour follows from lightness: easily learned
     assert train_py(f"{TINY} --pretrain-epochs 8 --epochs 1 --sample-every 6 --seed 3 --width 8 "
@@ -510,8 +510,8 @@ def test_training_learns_and_reports(capsys):
     assert float(rows[7]["l1"]) < 0.7 * float(rows[0]["l1"])
     assert float(table[4].split()[1]) > float(table[2].split()[2]) + 1  # than no colour
     assert "lambda_l1 300.0" in table[0] and Path("runs/test.txt").read_text().splitlines() == table
-    assert sorted(os.listdir("runs")) == ["epoch-0006.png", "epoch-0009.png", "g.pt", "last.pt",
-                                          "log.csv", "test.png", "test.txt"]
+    save = ["g.pt", "log.csv", "last.pt"]  # a kill in between repeats epochs, and loses no row
+    assert written[1:] == [*save, "epoch-0006.png", "epoch-0009.png", *save, "test.txt", "test.png"]
     photos, last, ema = data.Photos("photos", 32), torch.load("runs/last.pt"), models.UNet(8).eval()
     ema.load_state_dict(last["ema"])  # the moving average is what counts
     for name, share in (("val_psnr", 0.0), ("val_aged_psnr", 1.0)):
@@ -683,7 +683,8 @@ def test_strips_have_no_seams(ckpt, monkeypatch):
     images = [photo((90, 301), mode=mode) for mode in ("L", "RGB")]
     whole = [sample.colorize(generator, image, 32) for image in images]
     monkeypatch.setattr(sample, "STRIP", 90 * 7)
-    assert all(np.array_equal(a, sample.colorize(generator, b, 32)) for a, b in zip(whole, images))
+    for a, image in zip(whole, images):  # a fractional box rounds: a level now and then
+        assert np.abs(pixels(a) - pixels(sample.colorize(generator, image, 32))).max() <= 1
 
 
 def test_folders_are_mirrored_and_single_pictures_lie_beside(sample_py, capsys):
@@ -786,8 +787,7 @@ def test_odd_names(sample_py, monkeypatch):
     names = ["n" * 251 + ".png", os.fsdecode(b"caf\xe9.png"), "a b: ü.png", "\x1b[31m\n.png"]
     put(COLOUR, *(Path("in", name) for name in names))
     monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), "ascii"))
-    assert sample_py("in out") == 0
-    assert sorted(os.listdir("out")) == sorted([*names, "grid.png"])
+    assert sample_py("in out") == 0 and sorted(os.listdir("out")) == sorted([*names, "grid.png"])
     said = out.buffer.getvalue().decode("ascii")
     assert "out/caf\\udce9.png: " in said and "out/a b: \\xfc.png: " in said
 
