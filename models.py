@@ -110,23 +110,15 @@ def init_normal(module):
             nn.init.zeros_(module.bias)
 
 
-def load_checkpoint(path):
-    """Read a checkpoint on the CPU, without running code from it. Raises UsageError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        reason = getattr(error, "strerror", None) or "cut off, or no checkpoint; use a whole one"
-        raise UsageError(f"{path}: {reason}") from error
-
-
 @contextmanager
 def fitting(path):
-    """UsageError for whatever a checkpoint raises that is damaged, or was made by other code."""
+    """UsageError for all that a checkpoint can raise: missing, damaged, or made by other code."""
     try:
         yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UsageError(f"{path}: does not fit this code, or is damaged ({reason})") from error
+    except Exception as error:  # a damaged file can raise anything
+        said = " ".join(str(error).split()).split(". ")[0][:150]
+        reason = getattr(error, "strerror", None) or f"not of this code, or damaged ({said})"
+        raise UsageError(f"{path}: {reason}") from error
 
 
 def load_generator(path, device):
@@ -136,8 +128,8 @@ def load_generator(path, device):
     network's pictures), history (a dict of options and epoch for each run that led to it, its own
     the last) and test_means (of Photos). Raises UsageError for a file that is no such checkpoint.
     """
-    checkpoint = load_checkpoint(path)
     with fitting(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from it
         state = checkpoint["generator"]
         width = state["down1.0.weight"].shape[0]
         with torch.device("meta"):  # shapes first: a damaged width costs no memory

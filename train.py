@@ -27,8 +27,7 @@ from torchvision.utils import save_image
 from data import (
     DEFAULT_DATA, Parser, Photos, UsageError, denormalize, lab_to_rgb, live, number, replacing,
     run_command, say)
-from models import (
-    PatchCritic, UNet, fitting, load_checkpoint, load_generator, pick_device, to_device)
+from models import PatchCritic, UNet, fitting, load_generator, pick_device, to_device
 
 SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
 MAY_DIFFER = {  # from the run that --resume goes on with
@@ -393,8 +392,8 @@ class Run:
         Raises UsageError where an option differs, or the networks of a changed models.py.
         """
         self.written = path.stat().st_mtime_ns
-        checkpoint = load_checkpoint(path)
         with fitting(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             saved = vars(parse_args(["--resume"])) | checkpoint["options"]  # it may lack some
             self.epoch, self.log = saved["epoch"], checkpoint["log"]
             self.history, self.contents = checkpoint["history"], checkpoint["contents"]
@@ -482,7 +481,7 @@ def parse_args(argv=None):
         parser.error("--epochs 0 and --pretrain-epochs 0: nothing to train")
     if not args.eval:
         args.out = args.out or Path("runs")
-        if args.out.exists() and not args.resume:
+        if (args.out.is_file() or any(args.out.glob("*"))) and not args.resume:
             parser.error(f"--out {args.out}: is there already; --resume goes on, or name another")
     if args.out and args.out.resolve().is_relative_to(Path(args.data).resolve()):
         parser.error(f"--out {args.out}: lies in --data {args.data}, where its pictures would be "
@@ -516,7 +515,7 @@ def start(args):
                          f"{args.processes} processes, and at most {len(photos.train)}, the "
                          "training images")
     if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=args.resume)  # a second run there ends here
+        args.out.mkdir(parents=True, exist_ok=True)  # where that fails, now
         say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
         say(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} "
             f"test images, on {photos.device}; from epoch {run.epoch + 1}")
