@@ -286,12 +286,10 @@ def refuse_misread(image):
 
 
 def to_srgb(image):
-    """A Pillow image in sRGB; a profile that is damaged, or of another mode, is ignored."""
-    if not image.info.get("icc_profile"):
-        return image
+    """A Pillow image in sRGB; as it is, if its profile is none, damaged, or of another mode."""
     try:
         return ImageCms.profileToProfile(
-            image, io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB"),
+            image, io.BytesIO(image.info.get("icc_profile")), ImageCms.createProfile("sRGB"),
             outputMode="RGB")
     except ImageCms.PyCMSError:
         return image
