@@ -193,9 +193,9 @@ def colorize_all(args):
     shown = [i < args.grid for i in range(len(todo))]
     figures, columns, failed = [], [], 0
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        # pool.map cancels what has not begun when it ends early, by Ctrl-C say.
-        results = zip(todo, pool.map(work, *zip(*todo), shown))
-        for done, ((source, path), (error, quality, cells)) in enumerate(results):
+        # Not named: when it is dropped, by Ctrl-C say, pool.map cancels what has not begun.
+        for done, ((source, path), (error, quality, cells)) in enumerate(
+                zip(todo, pool.map(work, *zip(*todo), shown)), 1):
             if error:
                 failed += 1
                 say(f"{source}: not colorized: {error}", sys.stderr)
@@ -205,7 +205,7 @@ def colorize_all(args):
                 figures.append(quality)
             if cells:
                 columns.append((path.name, cells))
-            live(f"{done + 1}/{len(todo)}")
+            live(f"{done}/{len(todo)}")
 
     if columns:
         draw_grid(columns, args.out / "grid.png")
