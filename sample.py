@@ -43,11 +43,12 @@ def colorize(generator, image, size, strength=1.0):
     multiplied by it. Returns an RGB image as large as image. In strips: beside the result, memory
     does not grow with the picture.
     """
-    seen, inside = squash(image, size)
+    seen, inside = network_input(image, size)
     L, _ = normalize(rgb_to_lab(to_tensor(seen)))
     ab = generator(L.to(generator.head.weight.device))[0].cpu() * AB_RANGE * strength
     planes = [Image.fromarray(plane[inside].numpy()) for plane in ab]
     (width, height), rows = image.size, max(1, STRIP // image.width)
+    scale = planes[0].height / height
     result = Image.new("RGB", image.size)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -57,7 +58,6 @@ def colorize(generator, image, size, strength=1.0):
         else:
             L = rgb_to_lab(to_tensor(real))[:, :1]
         # Pillow's box may be fractional and looks beyond its edges: the strips have no seams.
-        scale = planes[0].height / height
         box = (0, top * scale, planes[0].width, bottom * scale)
         strip = [p.resize((width, bottom - top), Image.Resampling.BICUBIC, box) for p in planes]
         lab = torch.cat([L, torch.from_numpy(np.stack(strip))[None]], 1)
@@ -74,11 +74,11 @@ def psnr(real, fake):
     return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
-def squash(image, size):
+def network_input(image, size):
     """What the network sees of an image, (size, size, 3) uint8, and the slices that it fills there.
 
     Squashed to a square; beyond 3:2, where the training photographs end, with its mirror images at
-    its long sides: on 3:1 crops of the test part that gains 0.8 dB.
+    its long sides: a flower keeps its shape.
     """
     rows, columns = (max(1, round(size * min(1, 1.5 * side / other)))
                      for side, other in (image.size[::-1], image.size))
@@ -108,7 +108,7 @@ def colorize_file(generator, size, strength, source, path, shown):
     try:
         image, alpha, metadata = read_picture(source)
         result = colorize(generator, image, size, strength)
-        coloured = has_colour(to_tensor(squash(image, size)[0])).item()
+        coloured = has_colour(to_tensor(network_input(image, size)[0])).item()
         quality = psnr(image, result) if coloured else None
         cells = []
         if shown:
@@ -200,7 +200,7 @@ def colorize_all(args):
                 failed += 1
                 say(f"{source}: not colorized: {error}", sys.stderr)
             else:
-                say(f"{path}" + (f": {quality:.2f} dB" if quality else ""))
+                say(f"{path}" + (f": {quality:.2f} dB" if quality is not None else ""))
             if quality is not None:
                 figures.append(quality)
             if cells:

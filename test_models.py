@@ -680,7 +680,7 @@ def test_a_panorama_is_seen_at_3_to_2_between_its_mirror_images():
         above = (48 - rows) // 2
         mirrored = np.concatenate([small[:above][::-1], small, small[::-1][:above]])
         for turn in (lambda x: x, lambda x: x.transpose(1, 0, 2)):
-            seen, inside = sample.squash(Image.fromarray(turn(np.asarray(photo(size)))), 48)
+            seen, inside = sample.network_input(Image.fromarray(turn(np.asarray(photo(size)))), 48)
             assert np.abs(turn(seen) - mirrored).max() <= 1  # Pillow rounds rows, then columns
             assert np.abs(turn(seen[inside]) - small).max() <= 1
 
