@@ -322,16 +322,16 @@ def _digest(values):
 def find_images(folder):
     """Pictures below folder, by suffix. Hidden files, linked folders, pipes are passed over.
 
-    Returns paths relative to folder, sorted, and the number of other files.
+    Returns paths relative to folder, sorted, and the suffixes of all other files.
     """
-    names, others = [], 0
+    names, others = [], []
     for top, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(top, name) for name in files if not name.startswith(".")):
             if is_picture(path) and os.path.isfile(path):
                 names.append(path.relative_to(folder))
             else:
-                others += 1
+                others.append(path.suffix or "without suffix")
     return sorted(names, key=Path.as_posix), others
 
 

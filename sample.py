@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -121,7 +122,8 @@ def colorize_file(generator, size, strength, source, path, shown):
             result.save(part, **SAVE[path.suffix.lower()], **metadata)
         return None, quality, cells
     except Exception as error:  # a broken file can raise anything; no space, no memory
-        return (str(error) or type(error).__name__).splitlines()[0], None, []
+        said = str(error).partition(" <")[0]  # not Pillow's <_io.BufferedReader ...>
+        return (said or type(error).__name__).splitlines()[0], None, []
 
 
 # --- Many of them --------------------------------------------------------------------------------
@@ -129,15 +131,15 @@ def colorize_file(generator, size, strength, source, path, shown):
 def plan(args):
     """Which picture goes where: below out it keeps its name, or gets .png appended.
 
-    Returns {input: output} and the number of other files. Raises UsageError for what is not there
+    Returns {input: output} and the suffixes of other files. Raises UsageError for what is not there
     or no picture, and where an output would replace an input or another output.
     """
-    out, outputs, others = args.out, {}, 0
+    out, outputs, others = args.out, {}, []
     if out.is_file() or out.suffix.lower() in SAVE:
         raise UsageError(f"out {out}: a file's name; name, last, the folder that the results go to")
-    owner_of = {out / "grid.png": "the grid, unless --grid 0"} if args.grid else {}
+    owner_of = {out / "grid.png": "the grid (--grid 0: none)"} if args.grid else {}
     for given in args.input:
-        folder, names, more = given.parent, [Path(given.name)], 0
+        folder, names, more = given.parent, [Path(given.name)], []
         if not given.exists():
             raise UsageError(f"input {given}: no such file or folder")
         if given.is_dir():
@@ -145,14 +147,13 @@ def plan(args):
             if out.resolve().is_relative_to(given.resolve()):
                 raise UsageError(f"out {out}: is or lies in the input {given}; name another")
         if not any(map(is_picture, names)):
-            raise UsageError(f"input {given}: no picture of a kind that can be read; convert it to "
-                             "JPEG")
+            raise UsageError(f"input {given}: no picture that can be read (.heic: convert to JPEG)")
         others += more
         for name in names:
             path = out / (name if name.suffix.lower() in SAVE else f"{name}.png")
             if owner_of.setdefault(path, folder / name) != folder / name:
-                raise UsageError(f"input {folder / name}: {path} is also that of {owner_of[path]}; "
-                                 "rename it")
+                raise UsageError(f"input {folder / name} and {owner_of[path]} would both become "
+                                 f"{path}; rename one")
             outputs[folder / name] = path
     replaced = {path.resolve() for path in outputs} & {path.resolve() for path in owner_of}
     if replaced:
@@ -207,13 +208,14 @@ def colorize_all(args):
                 columns.append((path.name, cells))
             live(f"{done}/{len(todo)}")
 
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(Counter(others).items()))
     if columns:
         draw_grid(columns, args.out / "grid.png")
     say(f"{len(todo) - failed} colorized"
         + (f", {np.mean(figures):.2f} dB on the {len(figures)} that had colour" if figures else "")
         + f", {failed} failed"
         + (f", {len(outputs) - len(todo)} done before" if args.skip_existing else "")
-        + (f"; {others} other files passed over" if others else ""))
+        + (f"; passed over: {kinds}" if others else ""))
     say(f"the results are in {args.out}"
         + (f"; {args.out / 'grid.png'} shows {len(columns)} of them" if columns else ""))
     return 1 if failed else 0
@@ -226,7 +228,7 @@ def parse_args(argv=None):
     add("input", type=Path, nargs="+", help="pictures, or folders, sub-folders included")
     add("out", type=Path, help="folder for the colorized pictures and the grid")
     add("--ckpt", type=Path, default=Path(__file__).with_name("g.pt"), help="g.pt of train.py")
-    add("--strength", type=number(float, 0, 10), default=1.0, help="of colour: a factor of ab")
+    add("--strength", type=number(float, 0, 10), default=1.0, help="of the colour: 0 for none")
     add("--skip-existing", action="store_true", help="leave out pictures that have their output")
     add("--grid", type=number(int, 0, 1000), default=8, metavar="N",
         help="pictures to show in OUT/grid.png; 0 for no grid")
