@@ -117,7 +117,7 @@ def fitting(path):
         yield
     except Exception as error:  # a damaged file can raise anything
         said = " ".join(str(error).split()).split(". ")[0][:150]
-        reason = getattr(error, "strerror", None) or f"not of this code, or damaged ({said})"
+        reason = getattr(error, "strerror", None) or f"of another models.py, or damaged ({said})"
         raise UsageError(f"{path}: {reason}") from error
 
 
@@ -130,8 +130,7 @@ def load_generator(path, device):
     """
     with fitting(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from it
-        state = checkpoint["generator"]
-        width = state["down1.0.weight"].shape[0]
+        state, width = checkpoint["generator"], checkpoint["history"][-1]["width"]
         with torch.device("meta"):  # shapes first: a damaged width costs no memory
             UNet(width).load_state_dict(state, assign=True)
         generator = UNet(width)

@@ -465,8 +465,8 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeyp
         means = [mean + shift * (-1) ** i for i, mean in enumerate(photos.test_means)]
         generator = models.UNet(4)
         nn.init.normal_(generator.head.weight, 0, 3)  # has learned nothing, but colours strongly
-        torch.save({"generator": generator.state_dict(), "size": 32, "history": [{"epoch": 3}, {}],
-                    "test_means": means}, name)
+        torch.save({"generator": generator.state_dict(), "size": 32, "test_means": means,
+                    "history": [{"epoch": 3}, {"width": 4}]}, name)
         colours[name], colours[f"{name}, aged photographs"] = map(generator.eval(), (L, aged))
     mean = photos.batch(photos.train)[1].mean((0, 2, 3)).view(1, 2, 1, 1) + ab * 0
     colours |= {"no colour": ab * 0, "mean colour of the training part": mean, "real": ab}
@@ -476,7 +476,7 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeyp
     assert train_py(f"{command} --out out") == 0
     out = capsys.readouterr().out
     assert Path("out/test.txt").read_text() == out
-    assert "a.pt: epoch 3\na.pt: \nb.pt: epoch 3\nb.pt: \nwarning: b.pt was made with " in out
+    assert "a.pt: epoch 3\na.pt: width 4\nb.pt: epoch 3\nb.pt: width 4\nwarning: b.pt was" in out
     table = {row[0]: row[1:] for row in (line.rsplit(maxsplit=4) for line in out.splitlines())}
 
     pictures = {name: (lab2rgb(to_numpy(data.denormalize(L, x.detach()))) * 255).round().astype(
@@ -584,11 +584,12 @@ def test_init_starts_both_phases_from_another_generator_and_keeps_its_history(ep
     assert [options["size"] for options in torch.load("runs/g.pt")["history"]] == [32, 48]
 
 
-def test_a_layer_with_a_buffer_that_is_not_saved_trains_and_loads(monkeypatch):
+def test_layers_of_ones_own_train_and_load(monkeypatch):
     class Attention(models.UNet):
         def __init__(self, width=64):
             super().__init__(width)
-            self.register_buffer("strength", torch.tensor(0.5), persistent=False)
+            self.down1 = nn.Sequential(self.down1)  # names of its own
+            self.register_buffer("strength", torch.tensor(0.5), persistent=False)  # not saved
     make_photos("photos")
     for module in (models, train):
         monkeypatch.setattr(module, "UNet", Attention)
@@ -600,9 +601,9 @@ def test_a_layer_with_a_buffer_that_is_not_saved_trains_and_loads(monkeypatch):
 @pytest.mark.parametrize("kind", ["empty", "cut", "code", "other", "changed", "wide"])
 def test_bad_checkpoints_are_one_line_and_run_no_code(kind, refused):
     state, path = models.UNet(4).state_dict(), Path("runs/last.pt")
-    content = {"generator": state, "size": 32, "history": [], "test_means": [0.0]}
-    wide = {"generator": state | {"down1.0.weight": torch.ones(1).expand(5000, 1, 3, 3)}}
-    content |= {"changed": {"generator": {}}, "wide": wide, "code": {"size": Path()}}.get(kind, {})
+    content = {"generator": state, "size": 32, "history": [{"width": 4}], "test_means": [0.0]}
+    content |= {"changed": {"generator": {}}, "wide": {"history": [{"width": 5000}]},
+                "code": {"size": Path()}}.get(kind, {})
     path.parent.mkdir()
     torch.save([] if kind == "other" else content, path)
     path.write_bytes(path.read_bytes()[: {"cut": -200, "empty": 0}.get(kind)])
@@ -619,10 +620,9 @@ def test_bad_checkpoints_are_one_line_and_run_no_code(kind, refused):
 def ckpt(tmp_path_factory):
     """A generator that has learned nothing, but colours strongly."""
     torch.manual_seed(0)
-    generator = models.UNet(4)
+    generator, path = models.UNet(4), tmp_path_factory.mktemp("ckpt") / "g.pt"
     nn.init.normal_(generator.head.weight, 0, 1.0)
-    path = tmp_path_factory.mktemp("ckpt") / "g.pt"
-    torch.save({"generator": generator.state_dict(), "size": 32, "history": [{"epoch": 1}],
+    torch.save({"generator": generator.state_dict(), "size": 32, "history": [{"width": 4}],
                 "test_means": [0.0]}, path)
     return str(path)
 
@@ -1067,7 +1067,7 @@ def test_a_run_that_is_killed_or_stopped_resumes_exactly():
         while process.poll() is None and last.stat().st_mtime_ns == before:
             time.sleep(0.01)
         process.send_signal(number)
-        said = "" if status < 0 else "stopped; --resume goes on from the last save in stopped\n"
+        said = "" if status < 0 else "stopped; --resume goes on from stopped's last save, if any\n"
         assert (process.communicate()[1], process.returncode) == (said, status)
     assert train_py(command) == 0
     whole, stopped = (torch.load(f"{out}/last.pt") for out in ("whole", "stopped"))

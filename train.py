@@ -107,7 +107,7 @@ def adversarial_step(run, L, ab):
     run.critic.requires_grad_(False)  # saves the critic's own gradients
     for i in range(args.generator_steps):
         with run.autocast():
-            if i > 0:  # the first takes that from above, graph and all: no step lies in between
+            if i > 0:  # the first takes that from above, graph and all: it has had no step since
                 fake_ab = run.generator(L)
             l1, fake_score = F.l1_loss(fake_ab, ab), score(run.critic, L, fake_ab)
             loss = generator_loss(l1, fake_score, args.lambda_l1)
@@ -173,7 +173,7 @@ def train(run, photos, rank):
         for i in range(steps):
             for optimizer in (run.optimizer_g, run.optimizer_c):
                 optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (i + 0.5) / steps)
-            chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]
+            chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]  # its share
             L, ab = photos.batch(chosen, crop=True, aged=args.aged)
             if epoch < args.pretrain_epochs:
                 terms.append(pretrain_step(run, L, ab))  # on the device: no step waits for it
@@ -296,6 +296,7 @@ def report(paths, args, device, photos=None):
     lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  worse than no colour")
     grey = evaluate(rows[0][1], photos, photos.test)["psnr"]
     for name, predict, aged in rows:
+        live(f"evaluating: {name}")
         figures = evaluate(predict, photos, photos.test, ssim=True, aged=aged)
         psnr, ssim, colour = (figures[key].mean() for key in ("psnr", "ssim", "colourfulness"))
         worse = (figures["psnr"] < grey).float().mean()
@@ -350,9 +351,9 @@ class Run:
     def start_from(self, path):
         """Begin with the generator of another run's g.pt. Raises UsageError for another width."""
         generator, info = load_generator(path, self.device)
-        if generator.head.in_channels != self.args.width:
-            raise UsageError(f"--width {self.args.width}: --init {path} has width "
-                             f"{generator.head.in_channels}; take that")
+        width = info["history"][-1]["width"]
+        if self.args.width != width:
+            raise UsageError(f"--width {self.args.width}: --init {path} has {width}; take that")
         for network in (self.generator, self.ema):
             network.load_state_dict(generator.state_dict())
         self.history = info["history"]
@@ -532,7 +533,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.eval:
         return run_command(lambda: report(args.eval, args, pick_device(args.device)), "no table")
-    return run_command(lambda: start(args), f"--resume goes on from the last save in {args.out}")
+    return run_command(lambda: start(args), f"--resume goes on from {args.out}'s last save, if any")
 
 
 if __name__ == "__main__":
