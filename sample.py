@@ -188,8 +188,8 @@ def colorize_all(args):
     todo = [(source, path) for source, path in outputs.items()
             if not (args.skip_existing and path.exists())]
 
-    # In threads: one a core, each with torch on that core; on a GPU two.
-    workers = os.cpu_count() if device.type == "cpu" else 2
+    # In threads: one a core, each with torch on that core; on a GPU two, but MPS crashes with two.
+    workers = {"cpu": torch.get_num_threads(), "mps": 1}.get(device.type, 2)
     work = partial(colorize_file, generator, info["size"], args.strength)
     shown = [i < args.grid for i in range(len(todo))]
     figures, columns, failed = [], [], 0
@@ -217,7 +217,8 @@ def colorize_all(args):
         + (f", {len(outputs) - len(todo)} done before" if args.skip_existing else "")
         + (f"; passed over: {kinds}" if others else ""))
     say(f"the results are in {args.out}"
-        + (f"; {args.out / 'grid.png'} shows {len(columns)} of them" if columns else ""))
+        + (f"; {args.out / 'grid.png'} shows {len(columns)} of {len(todo) - failed}"
+           if columns else ""))
     return 1 if failed else 0
 
 

@@ -741,7 +741,7 @@ def test_every_picture_gets_its_line_and_the_last_one_has_the_mean(sample_py, ca
         "out/grey.png", "out/sepia.jpg",
         f"5 colorized, {np.mean(decibels):.2f} dB on the 3 that had colour, 2 failed"
         "; passed over: 1 .txt",
-        "the results are in out; out/grid.png shows 3 of them"]
+        "the results are in out; out/grid.png shows 3 of 5"]
     assert [line.split(": not colorized: ")[0] for line in err.splitlines()] == [
         "in/cut.png", "in/empty.jpg"]
     assert sample_py("in/0.png /proc/none") == 1  # no folder can be made there
@@ -758,7 +758,7 @@ def test_the_grid_is_bands_of_eight_columns_of_lightness_result_and_photograph(s
         assert sample_py(f"in out {option}") == 0
         page = pixels("out/grid.png")
         assert page.shape == (bands * 798, 8 * 258, 3)  # three rows of cells, and their names
-    assert "out/grid.png shows 9 of them" in capsys.readouterr().out
+    assert "out/grid.png shows 9 of 10" in capsys.readouterr().out
     assert sample_py("in/2.png grey") == 0  # no picture had colour: two rows
     assert Image.open("grey/grid.png").size == (258, 540)
     columns = [page[i // 8 * 798 :, i % 8 * 258 :][:798, :258] for i in range(9)]
