@@ -277,12 +277,12 @@ def refuse_misread(image):
     bits = tags.get(tiff.BITSPERSAMPLE, (8,))
     if tags.get(254, 0) & 1:  # NewSubfileType: reduced
         raise ValueError("its first page is a preview; convert it to JPEG or PNG")
-    unscaled = image.mode == "F" or image.mode == "I" and image.format != "PPM"
+    modes = {"F": True, "I": image.format != "PPM", "I;16": "transparency" in image.info}
     signed = set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1}  # or float
     inverted = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0  # white is 0
     planar = tags.get(tiff.PLANAR_CONFIGURATION) == 2 and image.info["compression"] == "raw"
-    if unscaled or signed or max(bits) > 8 and (bits[0] != 16 or inverted or planar):
-        raise ValueError("neither 8 nor plain 16 bits a channel; save it as PNG")
+    if modes.get(image.mode) or signed or max(bits) > 8 and (bits[0] != 16 or inverted or planar):
+        raise ValueError("neither 8 nor plain 16 bits a channel; save it with 8")
 
 
 def to_srgb(image):

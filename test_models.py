@@ -914,6 +914,7 @@ REFUSED = {  # name: its file, what is said
         ("32-bit.tif", tiff(FLAT.astype(np.uint32) * 65537)), ("float.tif", tiff(RAMP)),
         ("float.pfm", b"Pf\n50 37\n-1.0\n" + RAMP.tobytes()),
         ("signed.tif", tiff(np.asarray(GREY).astype(np.int8))),
+        ("cut-out-16.png", saved(Image.fromarray(FLAT), "png", transparency=5)),
         ("white-is-0.tif", tiff(FLAT, photometric="miniswhite")),
         ("12-bit.tif", tiff(FLAT).replace(*DEPTH)), ("planar-16.tif", tiff(PLANES, **PLANAR)))},
     "preview.tif": (tiff(np.asarray(GREY), subfiletype=3), "its first page is a preview"),
