@@ -322,10 +322,10 @@ def _digest(values):
 def find_images(folder):
     """Pictures below folder, by suffix. Hidden files, linked folders, pipes are passed over.
 
-    Returns paths relative to folder, sorted, and the suffixes of all other files.
+    Names folders that cannot be read. Returns relative paths, sorted, and suffixes of other files.
     """
     names, others = [], []
-    for top, folders, files in os.walk(folder):
+    for top, folders, files in os.walk(folder, onerror=lambda error: say(error, sys.stderr)):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(top, name) for name in files if not name.startswith(".")):
             if is_picture(path) and os.path.isfile(path):
@@ -445,7 +445,8 @@ def run_command(work, stopped):
 
     stopped: the answer to Ctrl-C. Returns the exit status: of work, 1, 2 (usage) or 130 (Ctrl-C).
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         return work() or 0
     except (UsageError, OSError, FloatingPointError) as error:
