@@ -163,7 +163,8 @@ def usable(data, names, images):
     if len(good) < 10:
         raise UsageError(f"--data {data}: {len(good)} readable images, at least 10 are needed; an "
                          f"archive is to be unpacked; a missing '{DEFAULT_DATA}' is downloaded")
-    small = torch.from_numpy(images[good, ::4, ::4]).permute(0, 3, 1, 2)
+    step = max(1, images.shape[1] // 48)
+    small = torch.from_numpy(images[good, ::step, ::step]).permute(0, 3, 1, 2)
     grey = len(good) - sum(int(has_colour(part / 255).sum()) for part in small.split(256))
     if grey > len(good) / 10:
         say(f"warning: {grey} of {len(good)} images are black and white: they teach grey")
