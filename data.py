@@ -47,13 +47,11 @@ def rgb_to_lab(rgb):
     """Convert sRGB to CIE L*a*b* (D65).
 
     rgb: (N, 3, H, W) float in [0, 1], gamma-encoded. Returns (N, 3, H, W): L in [0, 100], a in
-    [-87, 99], b in [-108, 95]. Differentiable: where a power is not taken, its argument is clamped,
-    since the gradient of torch.where is NaN where that of the unused branch is.
+    [-87, 99], b in [-108, 95].
     """
-    linear = torch.where(rgb > 0.04045, ((rgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4,
-                         rgb / 12.92)
+    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     xyz = _multiply(XYZ_FROM_RGB / WHITE[:, None], linear)
-    f = torch.where(xyz > 0.008856, xyz.clamp_min(0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    f = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = f.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
@@ -76,8 +74,7 @@ def lab_to_rgb(lab, keep_lightness=False):
         above = (1 - grey) / offset.amax(1, keepdim=True).clamp_min(1e-8)
         below = grey / (-offset).amax(1, keepdim=True).clamp_min(1e-8)
         linear = grey + offset * torch.minimum(above, below).clamp_max(1)
-    rgb = torch.where(linear > 0.0031308,
-                      1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear)
+    rgb = torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
     return rgb.clamp(0, 1)
 
 
@@ -104,7 +101,7 @@ def has_colour(rgb):
     return (ab - means.gather(2, level)).square().sum(1).mean(1).sqrt() > 4
 
 
-# --- Split, crops and ageing ---------------------------------------------------------------------
+# --- Split; augmentation: crops and ageing -------------------------------------------------------
 
 class Photos:
     """The photographs of --data, split 70 / 15 / 15, always in the same way.
@@ -189,8 +186,8 @@ def random_crops(rgb, size, paper=0.0):
     """Scale a random part of each image, mirrored with probability 1/2, to size x size.
 
     rgb: (N, 3, H, W) in [0, 1]; returns (N, 3, size, size). A part's sides are 2/3 to 1 of the
-    image's (its area uniform between the squares), 10 % longer or shorter than each other at the
-    most; its place is uniform. paper: the share of images that are seen whole instead, in a frame
+    image's, 10 % longer or shorter than each other at the most; its area is uniform, and so is its
+    place. paper: the share of images that are seen whole instead, in a frame
     of sides 1 to 1.35, of grey 0 to 1.5, since paper stays white where the print on it has faded.
     One affine map an image holds all of it (Jaderberg et al. 2015, eq. 1): no loop.
     """
@@ -203,7 +200,7 @@ def random_crops(rgb, size, paper=0.0):
     width, height = (side * ratio).clamp(low, high), (side / ratio).clamp(low, high)
     # The part's centre; the image reaches from -1 to 1, and either lies inside the other.
     x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
-    mirror = 1 - 2 * torch.randint(2, x.shape, device=rgb.device)
+    mirror = 1 - 2 * torch.randint(2, x.shape, device=rgb.device)  # -1 runs x from right to left
     zero = torch.zeros_like(x)
     maps = torch.stack([width * mirror, zero, x, zero, height, y], 1).view(-1, 2, 3)
     grid = F.affine_grid(maps, (len(rgb), 3, size, size), align_corners=False)
