@@ -241,8 +241,8 @@ def evaluate(predict, photos, rows, ssim=False, aged=0.0):
     """Figures of every image: PSNR (dB, 8-bit RGB), colourfulness and, if asked for, SSIM.
 
     predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged. aged: the
-    share of images that predict sees aged, each time in the same way; its colours are joined with
-    the photograph's own L. Returns a dict of tensors (N,), PSNR of 100 at the most.
+    share of images that predict sees aged (on one kind of device always in the same way); its
+    colours are joined with the photograph's own L. Returns a dict of tensors (N,), PSNR up to 100.
     """
     figures = []
     torch.manual_seed(0)  # of ageing
@@ -265,8 +265,8 @@ def save_picture(generators, photos, rows, path):
     """Draw the images of these rows below each other: grey, colorized by each, and real."""
     L, ab = photos.batch(rows)
     colours = [torch.zeros_like(ab), *(generator(L) for generator in generators), ab]
+    images = torch.cat([to_uint8(L, colour) for colour in colours]) / 255
     with replacing(path) as part:
-        images = torch.cat([to_uint8(L, colour) for colour in colours]) / 255
         save_image(images, part, nrow=len(rows), format="png")
 
 
@@ -333,6 +333,7 @@ class Run:
         self.generator = to_device(UNet(args.width), device)
         self.critic = to_device(PatchCritic(args.width), device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        # beta1 is pix2pix's, beta2 WGAN-GP's, whose beta1 is 0.
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), betas=(0.5, 0.9))
         self.optimizer_c = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9))
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
@@ -362,7 +363,7 @@ class Run:
         """Raise FloatingPointError for terms that are not finite, or weights beyond float16."""
         weights = [*self.generator.parameters(), *self.critic.parameters()]
         if not (all(map(math.isfinite, means.values()))
-                and all(weight.half().isfinite().all() for weight in weights)):  # as in g.pt
+                and all(weight.half().isfinite().all() for weight in weights)):
             raise FloatingPointError(f"epoch {epoch + 1} diverged ({means}); nothing of it was "
                                      "saved; try a lower --lr or --pretrain-lr")
 
@@ -415,7 +416,7 @@ def join_processes(device):
     if not dist.is_torchelastic_launched():
         return 0, 1
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     dist.init_process_group(timeout=timedelta(hours=1))  # to decode
     return dist.get_rank(), dist.get_world_size()
 
