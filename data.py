@@ -186,9 +186,9 @@ def random_crops(rgb, size, paper=0.0):
     """Scale a random part of each image, mirrored with probability 1/2, to size x size.
 
     rgb: (N, 3, H, W) in [0, 1]; returns (N, 3, size, size). A part's sides are 2/3 to 1 of the
-    image's, 10 % longer or shorter than each other at the most; its area is uniform, and so is its
-    place. paper: the share of images that are seen whole instead, in a frame
-    of sides 1 to 1.35, of grey 0 to 1.5, since paper stays white where the print on it has faded.
+    image's, 10 % longer or shorter than each other at the most; area and place are uniform. paper:
+    the share of images that are seen whole instead, in a frame of sides 1 to 1.35, of grey 0 to
+    1.5, since paper stays white where the print on it has faded.
     One affine map an image holds all of it (Jaderberg et al. 2015, eq. 1): no loop.
     """
     def uniform(low, high):
@@ -275,11 +275,11 @@ def refuse_misread(image):
     bits = tags.get(tiff.BITSPERSAMPLE, (8,))
     if tags.get(254, 0) & 1:  # NewSubfileType: reduced
         raise ValueError("its first page is a preview; convert it to JPEG or PNG")
-    modes = {"F": True, "I": image.format != "PPM", "I;16": "transparency" in image.info}
+    odd = {"F": True, "I": image.format != "PPM", "I;16": "transparency" in image.info}  # by mode
     signed = set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1}  # or float
     inverted = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0  # white is 0
     planar = tags.get(tiff.PLANAR_CONFIGURATION) == 2 and image.info["compression"] == "raw"
-    if modes.get(image.mode) or signed or max(bits) > 8 and (bits[0] != 16 or inverted or planar):
+    if odd.get(image.mode) or signed or max(bits) > 8 and (bits[0] != 16 or inverted or planar):
         raise ValueError("neither 8 nor plain 16 bits a channel; save it with 8")
 
 
