@@ -13,7 +13,6 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -340,7 +339,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.log, self.history = 0, [], []  # history: of the runs it began from
         self.contents = None  # the digest of the photographs, of a resumed run
-        self.saved, self.written = -math.inf, None  # when; last.pt's own time of the same
+        self.saved, self.written = -math.inf, 0.0  # when; last.pt's own time of the same
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -370,7 +369,7 @@ class Run:
     def save(self, photos):
         """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epochs since."""
         out, last = self.args.out, self.args.out / "last.pt"
-        if self.written != (last.stat().st_mtime_ns if last.exists() else None):
+        if abs(self.written - (last.stat().st_mtime if last.exists() else 0)) > 2:  # FAT rounds it
             raise UsageError(f"--out {out}: another process trains there too; end one of them")
         weights = {name: value.half() if value.ndim > 1 else value  # statistics may pass 65504
                    for name, value in self.ema.state_dict().items()}
@@ -386,14 +385,14 @@ class Run:
         with replacing(last) as part:
             torch.save(state | {"options": own, "history": self.history, "log": self.log,
                                 "contents": photos.contents}, part)
-        self.saved, self.written = time.monotonic(), last.stat().st_mtime_ns
+        self.saved, self.written = time.monotonic(), last.stat().st_mtime
 
     def load(self, path):
         """Go on from last.pt. An option that the saved run did not have yet counts as its default.
 
         Raises UsageError where an option differs, or the networks of a changed models.py.
         """
-        self.written = path.stat().st_mtime_ns
+        self.written = path.stat().st_mtime
         with fitting(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             saved = vars(parse_args(["--resume"])) | checkpoint["options"]  # it may lack some
@@ -417,25 +416,15 @@ def join_processes(device):
         return 0, 1
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
-    dist.init_process_group(timeout=timedelta(hours=1))  # to decode
+    backend = "gloo" if device == "cpu" else None  # None: the accelerator's, where there is one
+    dist.init_process_group(backend, timeout=timedelta(hours=1))  # to decode
     return dist.get_rank(), dist.get_world_size()
-
-
-@contextmanager
-def first_process_first():
-    """On each machine one process goes through the body before the others, which find its cache."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if dist.is_initialized() and not first:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and first:
-        dist.barrier()
 
 
 def resolve_amp(name, device):
     """What --amp auto stands for on this device: a run goes on with what it began with."""
-    if name == "auto" and device.type == "cuda":  # a T4 emulates bf16, slowly
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "auto" and device.type == "cuda":  # a T4 (7, 5) emulates bf16, slowly
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     return "off" if name == "auto" else name
 
 
@@ -485,7 +474,8 @@ def parse_args(argv=None):
         args.out = args.out or Path("runs")
         if (args.out.is_file() or any(args.out.glob("*"))) and not args.resume:
             parser.error(f"--out {args.out}: is there already; --resume goes on, or name another")
-    if args.out and args.out.resolve().is_relative_to(Path(args.data).resolve()):
+    if (args.out and args.data != "demo"
+            and args.out.resolve().is_relative_to(Path(args.data).resolve())):
         parser.error(f"--out {args.out}: lies in --data {args.data}, where its pictures would be "
                      "taken for photographs; name another")
     return args
@@ -507,8 +497,11 @@ def start(args):
         run.start_from(args.init)
 
     # Data
-    with first_process_first():
-        photos = Photos(args.data, args.size, device)
+    for turn in (True, False):  # the first process of a machine decodes; the others find its cache
+        if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
+            photos = Photos(args.data, args.size, device)
+        if dist.is_initialized():
+            dist.barrier()
     if run.contents not in (None, photos.contents):
         raise UsageError(f"--data {args.data}: not the images that the run in {args.out} was "
                          "trained on")
