@@ -152,8 +152,9 @@ class Photos:
 
 def usable(data, names, images):
     """Rows of the images to train on; tells what is left out. UsageError for fewer than ten."""
-    good = [row for row, image in enumerate(images) if image.any()]
-    bad = [names[row] for row in sorted(set(range(len(names))) - set(good))]
+    readable = [image.any() for image in images]
+    good = [row for row, right in enumerate(readable) if right]
+    bad = [name for name, right in zip(names, readable) if not right]
     if bad:
         say(f"{len(bad)} of {len(names)} images left out, broken or all black (delete {CACHE}/ to "
             "try again): " + ", ".join(bad[:20]) + (" ..." if len(bad) > 20 else ""))
@@ -279,7 +280,8 @@ def refuse_misread(image):
     signed = set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1}  # or float
     inverted = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0  # white is 0
     planar = tags.get(tiff.PLANAR_CONFIGURATION) == 2 and image.info["compression"] == "raw"
-    if odd.get(image.mode) or signed or max(bits) > 8 and (bits[0] != 16 or inverted or planar):
+    deep = max(bits) > 8 and (bits[0] != 16 or inverted or planar)  # what Pillow reads wrong of it
+    if odd.get(image.mode) or signed or deep:
         raise ValueError("neither 8 nor plain 16 bits a channel; save it with 8")
 
 
@@ -306,11 +308,13 @@ def replacing(path, tag=""):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+    except (OSError, RuntimeError) as error:
+        hint = " (is there room?)" if isinstance(error, RuntimeError) else ""  # torch.save's
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f"cannot write {path} (is there room?): {reason}") from error
+        raise OSError(f"cannot write {path}{hint}: {reason}") from error
     finally:
-        part.unlink(missing_ok=True)
+        if os.path.exists(part):  # unlink would raise where path's folder is a file
+            part.unlink()
 
 
 def _digest(values):
@@ -370,7 +374,7 @@ def decode_folder(folder, size):
     names, _ = find_images(folder)
     stats = [os.stat(folder / name) for name in names]
     files = [(str(name), stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
-    cached = CACHE / f"{_digest((str(folder.resolve()), files))}-{size}.rgb"
+    cached = CACHE / f"{_digest((str(folder.resolve()), files))}-{size}.raw"
     if names and not cached.exists():
         with (replacing(cached, os.getpid()) as part, open(part, "wb") as file,
               ThreadPoolExecutor(os.cpu_count()) as pool):
@@ -447,7 +451,7 @@ def run_command(work, stopped):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         return work() or 0
-    except (UsageError, OSError, FloatingPointError) as error:
+    except (UsageError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         line, status = f"error: {error}", 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         line, status = f"stopped; {stopped}", 130

@@ -81,8 +81,9 @@ def network_input(image, size):
     Squashed to a square; beyond 3:2, where the training photographs end, with its mirror images at
     its long sides: a flower keeps its shape.
     """
-    rows, columns = (max(1, round(size * min(1, 1.5 * side / other)))
-                     for side, other in (image.size[::-1], image.size))
+    width, height = image.size
+    rows = max(1, round(size * min(1, 1.5 * height / width)))
+    columns = max(1, round(size * min(1, 1.5 * width / height)))
     top, left = (size - rows) // 2, (size - columns) // 2
     rgb = np.array(image.resize((columns, rows), Image.Resampling.BICUBIC).convert("RGB"))
     margins = (top, size - rows - top), (left, size - columns - left), (0, 0)
@@ -135,7 +136,7 @@ def plan(args):
     or no picture, and where an output would replace an input or another output.
     """
     out, outputs, others = args.out, {}, []
-    if out.is_file() or out.suffix.lower() in SAVE:
+    if out.is_file() or is_picture(out):
         raise UsageError(f"out {out}: a file's name; name, last, the folder that the results go to")
     owner_of = {out / "grid.png": "the grid (--grid 0: none)"} if args.grid else {}
     for given in args.input:
