@@ -506,9 +506,8 @@ def start(args):
         raise UsageError(f"--data {args.data}: not the images that the run in {args.out} was "
                          "trained on")
     if args.batch_size % args.processes or args.batch_size > len(photos.train):
-        raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of the "
-                         f"{args.processes} processes, and at most {len(photos.train)}, the "
-                         "training images")
+        raise UsageError(f"--batch-size {args.batch_size}: must be at most {len(photos.train)} "
+                         f"(training images) and a multiple of {args.processes} (processes)")
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)  # where that fails, now
         say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
