@@ -497,8 +497,9 @@ def start(args):
         run.start_from(args.init)
 
     # Data
-    for turn in (True, False):  # the first process of a machine decodes; the others find its cache
-        if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine: it decodes, and the others,
+    for my_turn in (first, not first):                # after it, find its cache
+        if my_turn:
             photos = Photos(args.data, args.size, device)
         if dist.is_initialized():
             dist.barrier()
