@@ -210,16 +210,14 @@ def colorize_all(args):
             live(f"{done}/{len(todo)}")
 
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(Counter(others).items()))
-    if columns:
-        draw_grid(columns, args.out / "grid.png")
-    say(f"{len(todo) - failed} colorized"
+    say(f"{len(todo) - failed} colorized into {args.out}"
         + (f", {np.mean(figures):.2f} dB on the {len(figures)} that had colour" if figures else "")
         + f", {failed} failed"
         + (f", {len(outputs) - len(todo)} done before" if args.skip_existing else "")
         + (f"; passed over: {kinds}" if others else ""))
-    say(f"the results are in {args.out}"
-        + (f"; {args.out / 'grid.png'} shows {len(columns)} of {len(todo) - failed}"
-           if columns else ""))
+    if columns:
+        draw_grid(columns, args.out / "grid.png")
+        say(f"{args.out / 'grid.png'} shows {len(columns)} of {len(todo) - failed}")
     return 1 if failed else 0
 
 
