@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -471,19 +471,21 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeyp
     out = capsys.readouterr().out
     assert Path("out/test.txt").read_text() == out
     assert "a.pt: epoch 3\na.pt: width 4\nb.pt: epoch 3\nb.pt: width 4\nwarning: b.pt was" in out
-    table = {row[0]: row[1:] for row in (line.rsplit(maxsplit=4) for line in out.splitlines())}
+    table = {row[0]: row[1:] for row in (line.rsplit(maxsplit=5) for line in out.splitlines())}
     pictures = {name: (lab2rgb(to_numpy(data.denormalize(L, x.detach()))) * 255).round().astype(
         np.uint8) for name, x in colours.items()}  # all with the photograph's own L
     psnr = {name: np.array([*map(peak_signal_noise_ratio, pictures["real"], picture)]).clip(0, 100)
             for name, picture in pictures.items()}
+    cells = lambda x: Counter(map(tuple, (11 * x).round().movedim(1, 3).flatten(0, 2).tolist()))
     for name, picture in pictures.items():
         pairs = zip(pictures["real"], picture)
         ssim = np.mean([structural_similarity(*pair, channel_axis=2) for pair in pairs])
         colour = train.colourfulness(torch.from_numpy(picture).permute(0, 3, 1, 2)).mean().item()
         worse = 100 * (psnr[name] < psnr["no colour"]).mean()
-        for said, value, limit in zip(  # as printed; and scikit-image may round the other way
-                table[name], (psnr[name].mean(), ssim, colour, worse), (0.02, 0.002, 0.1, 0.6)):
-            assert float(said.strip("%")) == pytest.approx(value, abs=limit), name
+        moved = 100 * (cells(colours[name]) - cells(ab)).total() / ab[:, 0].numel()
+        expected = psnr[name].mean(), ssim, colour, moved, worse
+        for said, value, limit in zip(table[name], expected, (0.02, 0.002, 0.1, 0.6, 0.6)):
+            assert float(said.strip("%")) == pytest.approx(value, abs=limit), name  # as printed
     with Image.open("out/test.png") as image:  # a row each, with margins of 2
         cells = np.asarray(image)[2:, 2:].reshape(4, 34, 6, 34, 3)[:, :32, :, :32].swapaxes(1, 2)
     for row, name in zip(cells.astype(int), ("no colour", "a.pt", "b.pt", "real")):

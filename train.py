@@ -29,8 +29,7 @@ from data import (
 from models import PatchCritic, UNet, fitting, load_generator, pick_device, to_device
 
 SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
-MAY_DIFFER = {  # from the run that --resume goes on with
-    "data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
+MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
 
 
 # --- METHOD: losses ------------------------------------------------------------------------------
@@ -230,29 +229,39 @@ def colourfulness(images):
     return torch.hypot(rg.std(1), yb.std(1)) + 0.3 * torch.hypot(rg.mean(1), yb.mean(1))
 
 
+def ab_histogram(ab):
+    """Share of pixels in cells of 10 x 10 of a, b (Zhang et al. 2016): (N, 2, H, W) to (N, 529)."""
+    a, b = (11 * ab.float() + 11).round().long().clamp(0, 22).flatten(2).unbind(1)
+    share = torch.full(a.shape, 1 / a.shape[1], device=ab.device)
+    return torch.zeros(len(ab), 529, device=ab.device).scatter_add(1, 23 * a + b, share)
+
+
 def chunks(photos, rows):
     """Rows in pieces that take as much memory as 64 images of 128 x 128."""
     return rows.split(max(1, 64 * 128**2 // photos.size**2))
 
 
 @torch.no_grad()
-def evaluate(predict, photos, rows, ssim=False, aged=0.0):
-    """Figures of every image: PSNR (dB, 8-bit RGB), colourfulness and, if asked for, SSIM.
+def evaluate(predict, photos, rows, full=False, aged=0.0):
+    """Figures of every image: PSNR (dB, 8-bit RGB), colourfulness; full: SSIM and histogram.
 
     predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged. aged: the
     share of images that predict sees aged (on one kind of device always in the same way); its
-    colours are joined with the photograph's own L. Returns a dict of tensors (N,), PSNR up to 100.
+    colours are joined with the photograph's own L. Returns a dict of tensors, a row an image: PSNR
+    up to 100, the histogram less the photograph's.
     """
     figures = []
     torch.manual_seed(0)  # of ageing
     for chunk in chunks(photos, rows):
         L, ab = photos.batch(chunk)
         seen = photos.batch(chunk, aged=aged)[0] if aged else L
-        fake, real = to_uint8(L, predict(seen, ab)), to_uint8(L, ab)
+        fake_ab = predict(seen, ab)
+        fake, real = to_uint8(L, fake_ab), to_uint8(L, ab)
         error = (fake.float() - real.float()).square().mean((1, 2, 3))
         figures.append({"psnr": (10 * torch.log10(255**2 / error)).clamp_max(100),
                         "colourfulness": colourfulness(fake)})
-        if ssim:
+        if full:
+            figures[-1]["histogram"] = ab_histogram(fake_ab) - ab_histogram(ab)
             pairs = zip(fake.cpu().numpy(), real.cpu().numpy())
             figures[-1]["ssim"] = torch.tensor(
                 [structural_similarity(*pair, channel_axis=0) for pair in pairs])
@@ -281,9 +290,8 @@ def report(paths, args, device, photos=None):
     photos = photos or Photos(args.data, sizes[0], device)
     lines = [line for name, _, info in loaded for line in describe(name, info, photos)]
 
-    parts = chunks(photos, photos.train)
-    total = sum(photos.batch(part)[1].mean((2, 3)).sum(0) for part in parts)
-    mean_ab = (total / len(photos.train))[None, :, None, None]
+    means = [photos.batch(part)[1].mean((2, 3)) for part in chunks(photos, photos.train)]
+    mean_ab = torch.cat(means).mean(0)[:, None, None]
     rows = [("no colour", lambda L, ab: torch.zeros_like(ab), 0.0),
             ("mean colour of the training part", lambda L, ab: mean_ab.expand_as(ab), 0.0)]
     for name, generator, _ in loaded:
@@ -292,14 +300,16 @@ def report(paths, args, device, photos=None):
     rows.append(("real", lambda L, ab: ab, 0.0))
     column = max(len(name) for name, _, _ in rows) + 2
     title = f"{len(photos.test)} test images at {sizes[0]} x {sizes[0]}"
-    lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  worse than no colour")
+    lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  histogram  worse than no colour")
     grey = evaluate(rows[0][1], photos, photos.test)["psnr"]
     for name, predict, aged in rows:
         live(f"evaluating: {name}")
-        figures = evaluate(predict, photos, photos.test, ssim=True, aged=aged)
+        figures = evaluate(predict, photos, photos.test, full=True, aged=aged)
         psnr, ssim, colour = (figures[key].mean() for key in ("psnr", "ssim", "colourfulness"))
         worse = (figures["psnr"] < grey).float().mean()
-        lines.append(f"{name:{column}} {psnr:7.2f}  {ssim:.3f}  {colour:13.1f}  {worse:20.0%}")
+        moved = figures["histogram"].mean(0).abs().sum() / 2  # 1 - their intersection
+        lines.append(f"{name:{column}} {psnr:7.2f}  {ssim:.3f}  {colour:13.1f}  {moved:9.0%}  "
+                     f"{worse:20.0%}")
     for line in lines:
         say(line)
     if args.out:
@@ -345,7 +355,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def options(self):
-        """The options that the result depends on, as plain types."""
+        """The options that the result depends on and --resume must repeat, as plain types."""
         return {name: value for name, value in vars(self.args).items() if name not in MAY_DIFFER}
 
     def start_from(self, path):
@@ -436,20 +446,16 @@ def parse_args(argv=None):
     add("--data", default=DEFAULT_DATA, metavar="DIR", help="folder of images; where the default "
         "does not exist, Flowers102 is downloaded into it; demo: crops of scikit-image's pictures")
     add("--size", type=number(int, 32, 1024), default=128, help="side in pixels, a multiple of 16")
-    add("--width", type=number(int, 1, 512), default=64,
-        help="channels of the first block of both networks (U-Net and PatchGAN: 64)")
+    add("--width", type=number(int, 1, 512), default=64, help="channels of both first blocks")
     add("--batch-size", type=count, default=32, help="images a step, over all processes")
     add("--pretrain-epochs", type=epochs, default=100, help="epochs of L1 alone")
     add("--epochs", type=epochs, default=110, help="epochs of WGAN-GP after that")
-    add("--critic-steps", type=count, default=1,
-        help="critic steps a batch (WGAN-GP: 5, each on a batch of its own)")
+    add("--critic-steps", type=count, default=1, help="critic steps a batch (WGAN-GP: 5)")
     add("--generator-steps", type=count, default=2, help="generator steps a batch (WGAN-GP: 1)")
     add("--lambda-l1", type=weight, default=300.0, help="weight of L1, of ab / 110 (pix2pix: 100)")
     add("--lambda-gp", type=weight, default=10.0, help="weight of the penalty (WGAN-GP: 10)")
-    add("--pretrain-lr", type=weight, default=1e-3,
-        help="highest learning rate of pre-training: a warm-up, then a half cosine to 0")
-    add("--lr", type=weight, default=1e-4,
-        help="learning rate of the adversarial phase, constant (WGAN-GP: 1e-4)")
+    add("--pretrain-lr", type=weight, default=1e-3, help="peak learning rate of L1, cosine to 0")
+    add("--lr", type=weight, default=1e-4, help="learning rate of WGAN-GP, constant")
     add("--aged", type=share, default=0.5, help="share of the training images made grey as film, "
         "prints and scans do; half as many lie on paper")
     add("--ema", type=share, default=0.999, help="decay, a batch, of the moving average; 0: none")
@@ -460,11 +466,9 @@ def parse_args(argv=None):
     add("--sample-every", type=count, default=5, metavar="EPOCHS", help="between pictures in OUT")
     add("--out", type=Path, help="folder for everything that is written; if none is named, runs, "
         "and for --eval nothing is written")
-    add("--init", type=Path, metavar="CKPT",
-        help="start from this g.pt, of the same width, at any size and with any photographs")
+    add("--init", type=Path, metavar="CKPT", help="start from this g.pt of equal width, any size")
     add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
-    add("--eval", type=Path, nargs="+", metavar="CKPT",
-        help="evaluate these generators on the test part of --data, at their own size")
+    add("--eval", type=Path, nargs="+", metavar="CKPT", help="evaluate these on --data's test part")
     args = parser.parse_args(argv)
     if args.size % 16:
         parser.error(f"--size {args.size}: must be a multiple of 16")
