@@ -25,7 +25,7 @@ from torchvision.utils import save_image
 
 from data import (
     DEFAULT_DATA, Parser, Photos, UsageError, denormalize, lab_to_rgb, live, number, replacing,
-    run_command, say)
+    rgb_to_lab, run_command, say)
 from models import PatchCritic, UNet, fitting, load_generator, pick_device, to_device
 
 SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
@@ -229,11 +229,11 @@ def colourfulness(images):
     return torch.hypot(rg.std(1), yb.std(1)) + 0.3 * torch.hypot(rg.mean(1), yb.mean(1))
 
 
-def ab_histogram(ab):
-    """Share of pixels in cells of 10 x 10 of a, b (Zhang et al. 2016): (N, 2, H, W) to (N, 529)."""
-    a, b = (11 * ab.float() + 11).round().long().clamp(0, 22).flatten(2).unbind(1)
-    share = torch.full(a.shape, 1 / a.shape[1], device=ab.device)
-    return torch.zeros(len(ab), 529, device=ab.device).scatter_add(1, 23 * a + b, share)
+def ab_histogram(images):
+    """Share of pixels in cells of 10 x 10 of a, b: (N, 3, H, W) uint8 to (N, 23 * 23), a first."""
+    a, b = (rgb_to_lab(images / 255)[:, 1:] / 10 + 11).round().long().flatten(2).unbind(1)
+    share = torch.full(a.shape, 1 / a.shape[1], device=images.device)
+    return torch.zeros(len(a), 529, device=images.device).scatter_add(1, 23 * a + b, share)
 
 
 def chunks(photos, rows):
@@ -243,25 +243,24 @@ def chunks(photos, rows):
 
 @torch.no_grad()
 def evaluate(predict, photos, rows, full=False, aged=0.0):
-    """Figures of every image: PSNR (dB, 8-bit RGB), colourfulness; full: SSIM and histogram.
+    """Figures of every image: PSNR (dB, 8-bit RGB), colourfulness; full: SSIM and excess.
 
     predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged. aged: the
     share of images that predict sees aged (on one kind of device always in the same way); its
     colours are joined with the photograph's own L. Returns a dict of tensors, a row an image: PSNR
-    up to 100, the histogram less the photograph's.
+    up to 100; excess: each cell's share of pixels (ab_histogram) minus the photograph's.
     """
     figures = []
-    torch.manual_seed(0)  # of ageing
+    torch.manual_seed(0)  # of ageing; train seeds each epoch
     for chunk in chunks(photos, rows):
         L, ab = photos.batch(chunk)
         seen = photos.batch(chunk, aged=aged)[0] if aged else L
-        fake_ab = predict(seen, ab)
-        fake, real = to_uint8(L, fake_ab), to_uint8(L, ab)
+        fake, real = to_uint8(L, predict(seen, ab)), to_uint8(L, ab)
         error = (fake.float() - real.float()).square().mean((1, 2, 3))
         figures.append({"psnr": (10 * torch.log10(255**2 / error)).clamp_max(100),
                         "colourfulness": colourfulness(fake)})
         if full:
-            figures[-1]["histogram"] = ab_histogram(fake_ab) - ab_histogram(ab)
+            figures[-1]["excess"] = ab_histogram(fake) - ab_histogram(real)
             pairs = zip(fake.cpu().numpy(), real.cpu().numpy())
             figures[-1]["ssim"] = torch.tensor(
                 [structural_similarity(*pair, channel_axis=0) for pair in pairs])
@@ -300,15 +299,15 @@ def report(paths, args, device, photos=None):
     rows.append(("real", lambda L, ab: ab, 0.0))
     column = max(len(name) for name, _, _ in rows) + 2
     title = f"{len(photos.test)} test images at {sizes[0]} x {sizes[0]}"
-    lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  histogram  worse than no colour")
+    lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  mix error  worse than no colour")
     grey = evaluate(rows[0][1], photos, photos.test)["psnr"]
     for name, predict, aged in rows:
         live(f"evaluating: {name}")
         figures = evaluate(predict, photos, photos.test, full=True, aged=aged)
         psnr, ssim, colour = (figures[key].mean() for key in ("psnr", "ssim", "colourfulness"))
         worse = (figures["psnr"] < grey).float().mean()
-        moved = figures["histogram"].mean(0).abs().sum() / 2  # 1 - their intersection
-        lines.append(f"{name:{column}} {psnr:7.2f}  {ssim:.3f}  {colour:13.1f}  {moved:9.0%}  "
+        mix = figures["excess"].mean(0).clamp_min(0).sum()  # total variation distance
+        lines.append(f"{name:{column}} {psnr:7.2f}  {ssim:.3f}  {colour:13.1f}  {mix:9.0%}  "
                      f"{worse:20.0%}")
     for line in lines:
         say(line)
@@ -446,15 +445,15 @@ def parse_args(argv=None):
     add("--data", default=DEFAULT_DATA, metavar="DIR", help="folder of images; where the default "
         "does not exist, Flowers102 is downloaded into it; demo: crops of scikit-image's pictures")
     add("--size", type=number(int, 32, 1024), default=128, help="side in pixels, a multiple of 16")
-    add("--width", type=number(int, 1, 512), default=64, help="channels of both first blocks")
+    add("--width", type=number(int, 1, 512), default=64, help="channels of each first block")
     add("--batch-size", type=count, default=32, help="images a step, over all processes")
     add("--pretrain-epochs", type=epochs, default=100, help="epochs of L1 alone")
     add("--epochs", type=epochs, default=110, help="epochs of WGAN-GP after that")
-    add("--critic-steps", type=count, default=1, help="critic steps a batch (WGAN-GP: 5)")
+    add("--critic-steps", type=count, default=1, help="critic steps, all on one batch (WGAN-GP: 5)")
     add("--generator-steps", type=count, default=2, help="generator steps a batch (WGAN-GP: 1)")
-    add("--lambda-l1", type=weight, default=300.0, help="weight of L1, of ab / 110 (pix2pix: 100)")
+    add("--lambda-l1", type=weight, default=300.0, help="weight of L1, on ab / 110 (pix2pix: 100)")
     add("--lambda-gp", type=weight, default=10.0, help="weight of the penalty (WGAN-GP: 10)")
-    add("--pretrain-lr", type=weight, default=1e-3, help="peak learning rate of L1, cosine to 0")
+    add("--pretrain-lr", type=weight, default=1e-3, help="peak of L1's: warm-up, then cosine to 0")
     add("--lr", type=weight, default=1e-4, help="learning rate of WGAN-GP, constant")
     add("--aged", type=share, default=0.5, help="share of the training images made grey as film, "
         "prints and scans do; half as many lie on paper")
@@ -463,10 +462,10 @@ def parse_args(argv=None):
         help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of training; the split is fixed")
-    add("--sample-every", type=count, default=5, metavar="EPOCHS", help="between pictures in OUT")
+    add("--sample-every", type=count, default=5, metavar="EPOCHS", help="between two pictures")
     add("--out", type=Path, help="folder for everything that is written; if none is named, runs, "
         "and for --eval nothing is written")
-    add("--init", type=Path, metavar="CKPT", help="start from this g.pt of equal width, any size")
+    add("--init", type=Path, metavar="CKPT", help="start from this g.pt: same --width, any --size")
     add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
     add("--eval", type=Path, nargs="+", metavar="CKPT", help="evaluate these on --data's test part")
     args = parser.parse_args(argv)
