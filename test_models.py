@@ -476,13 +476,13 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeyp
         np.uint8) for name, x in colours.items()}  # all with the photograph's own L
     psnr = {name: np.array([*map(peak_signal_noise_ratio, pictures["real"], picture)]).clip(0, 100)
             for name, picture in pictures.items()}
-    cells = lambda x: Counter(map(tuple, (rgb2lab(x)[..., 1:] / 10).round().reshape(-1, 2).tolist()))
+    count = lambda x: Counter(map(tuple, (rgb2lab(x)[..., 1:] / 10).round().reshape(-1, 2)))
     for name, picture in pictures.items():
         pairs = zip(pictures["real"], picture)
         ssim = np.mean([structural_similarity(*pair, channel_axis=2) for pair in pairs])
         colour = train.colourfulness(torch.from_numpy(picture).permute(0, 3, 1, 2)).mean().item()
         worse = 100 * (psnr[name] < psnr["no colour"]).mean()
-        mix = 100 * (cells(picture) - cells(pictures["real"])).total() / ab[:, 0].numel()
+        mix = 100 * (count(picture) - count(pictures["real"])).total() / ab[:, 0].numel()
         expected = psnr[name].mean(), ssim, colour, mix, worse
         for said, value, limit in zip(table[name], expected, (0.02, 0.002, 0.1, 0.6, 0.6)):
             assert float(said.strip("%")) == pytest.approx(value, abs=limit), name  # as printed

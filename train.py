@@ -29,7 +29,8 @@ from data import (
 from models import PatchCritic, UNet, fitting, load_generator, pick_device, to_device
 
 SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
-MAY_DIFFER = {"data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
+MAY_DIFFER = {  # from the run that --resume goes on with
+    "data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
 
 
 # --- METHOD: losses ------------------------------------------------------------------------------
