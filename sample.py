@@ -91,7 +91,7 @@ def network_input(image, size):
 
 
 def lightness(image):
-    """What the network sees of an image: a grey image, mode L, of the same L*."""
+    """The grey image, mode L, of an image's L*: for the grid."""
     lab = rgb_to_lab(to_tensor(image.convert("RGB"))) * torch.tensor([1, 0, 0]).view(3, 1, 1)
     return Image.fromarray((lab_to_rgb(lab)[0, 1] * 255).round().byte().numpy())
 
@@ -189,8 +189,8 @@ def colorize_all(args):
     todo = [(source, path) for source, path in outputs.items()
             if not (args.skip_existing and path.exists())]
 
-    # In threads: one a core, each with torch on that core; on a GPU two, but MPS crashes with two.
-    workers = {"cpu": torch.get_num_threads(), "mps": 1}.get(device.type, 2)
+    # In threads: one a core, each with torch on that core; but MPS crashes with two.
+    workers = 1 if device.type == "mps" else torch.get_num_threads()
     work = partial(colorize_file, generator, info["size"], args.strength)
     shown = [i < args.grid for i in range(len(todo))]
     figures, columns, failed = [], [], 0
