@@ -110,7 +110,7 @@ class Photos:
     a quarter of its free memory. S is 1.5 times size, so that a random crop is never enlarged.
     train, val, test: int64 tensors of rows. contents: a digest of all the pixels. test_means: the
     mean level of each test image, by which a checkpoint knows its test part again, also after
-    another decoder or at another size. Raises UsageError for too few or too many identical images.
+    another decoder or at another size. UsageError for too few images, or too many identical ones.
     """
 
     def __init__(self, data, size, device="cpu"):
@@ -133,7 +133,7 @@ class Photos:
         """The images of these rows as networks see them, on the device.
 
         crop: a random part of each, for training; otherwise the whole. aged: the share of images
-        whose L is random_grey's; half that share of crops, drawn by itself, lies on paper.
+        whose L is random_grey's; half that share of crops, drawn independently, lies on paper.
         Returns L (N, 1, size, size) and ab (N, 2, size, size).
         """
         images = self.images[rows.to(self.images.device)].permute(0, 3, 1, 2)
@@ -199,7 +199,7 @@ def random_crops(rgb, size, paper=0.0):
     low, high = torch.where(framed, 1, 2 / 3), torch.where(framed, 1.35, 1)
     side, ratio = torch.lerp(low**2, high**2, uniform(0, 1)).sqrt(), uniform(0.9, 1.1).sqrt()
     width, height = (side * ratio).clamp(low, high), (side / ratio).clamp(low, high)
-    # The part's centre; the image reaches from -1 to 1, and either lies inside the other.
+    # The part's centre; the image reaches from -1 to 1, and the smaller lies inside the larger.
     x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
     mirror = 1 - 2 * torch.randint(2, x.shape, device=rgb.device)  # -1 runs x from right to left
     zero = torch.zeros_like(x)
@@ -212,7 +212,7 @@ def random_crops(rgb, size, paper=0.0):
 def random_grey(rgb):
     """Grey pictures as film, prints and scans make them of colours, each in a way of its own.
 
-    rgb: (N, 3, H, W) from 0. Returns (N, 1, H, W) in [0, 1], gamma-encoded. What emulsions see:
+    rgb: (N, 3, H, W), 0 or more. Returns (N, 1, H, W) in [0, 1], gamma-encoded. What emulsions see:
     Mees and James 1966, The Theory of the Photographic Process; how prints fade: Reilly 1986, Care
     and Identification of 19th-Century Photographic Prints. The ranges are ours.
     """
@@ -324,7 +324,7 @@ def _digest(values):
 def find_images(folder):
     """Pictures below folder, by suffix. Hidden files, linked folders, pipes are passed over.
 
-    Names folders that cannot be read. Returns relative paths, sorted, and suffixes of other files.
+    Prints folders it cannot read. Returns relative paths, sorted, and suffixes of other files.
     """
     names, others = [], []
     for top, folders, files in os.walk(folder, onerror=lambda error: say(error, sys.stderr)):
@@ -362,7 +362,7 @@ def download(folder):
 
 
 def decode_folder(folder, size):
-    """All images below folder, decoded once and cached; anew where a size or time has changed.
+    """All images below folder, decoded once and cached; again if a file's size or time changes.
 
     Returns names and images (N, size, size, 3) uint8, memory-mapped. The row of a file that could
     not be decoded is black.

@@ -63,7 +63,7 @@ class UNet(nn.Module):
 
     def forward(self, L):
         """L: (N, 1, H, W), H and W multiples of 16. Returns ab (N, 2, H, W) in [-1, 1]."""
-        L = F.instance_norm(L)                       # c * L + d, c > 0, gets the answer to L
+        L = F.instance_norm(L)                       # c * L + d (c > 0) gives the same ab as L
         x1 = self.down1(L)                           # (N, w, H, W)
         x2 = self.down2(self.pool(x1))               # (N, 2w, H/2, W/2)
         x3 = self.down3(self.pool(x2))               # (N, 4w, H/4, W/4)

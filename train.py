@@ -66,8 +66,8 @@ def gradient_penalty(critic, L, real_ab, fake_ab):
     L: (N, 1, H, W); real_ab, fake_ab: (N, 2, H, W). One random mix an image; the L2 norm is over
     the image's whole gradient. L is the condition, the same in both, so the line between a real and
     a colorized picture varies in ab alone, and the gradient is taken there.
-    Outside autocast: a second-order gradient loses too much in 16 bits. (On a GPU cuDNN computes
-    convolutions of float32 in TF32, of 10 bits, unless told otherwise.)
+    Outside autocast: a second-order gradient loses too much in 16 bits. (Newer GPUs round what
+    float32 convolutions read to TF32: float16's 10 bits, but float32's range.)
     """
     with torch.autocast(L.device.type, enabled=False):
         epsilon = torch.rand(len(L), 1, 1, 1, device=L.device)
@@ -106,7 +106,7 @@ def adversarial_step(run, L, ab):
     run.critic.requires_grad_(False)  # saves the critic's own gradients
     for i in range(args.generator_steps):
         with run.autocast():
-            if i > 0:  # the first takes that from above, graph and all: it has had no step since
+            if i > 0:  # the first reuses that from above and its graph: generator unchanged
                 fake_ab = run.generator(L)
             l1, fake_score = F.l1_loss(fake_ab, ab), score(run.critic, L, fake_ab)
             loss = generator_loss(l1, fake_score, args.lambda_l1)
@@ -127,7 +127,7 @@ def step(network, optimizer, loss, scaler):
 
 def average(tensors):
     """Average each tensor, in place, over the processes of torchrun."""
-    if dist.is_initialized():  # DistributedDataParallel knows no double backward
+    if dist.is_initialized():  # DistributedDataParallel does not support autograd.grad
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
@@ -135,7 +135,7 @@ def average(tensors):
 
 @torch.no_grad()
 def update_ema(ema, generator, updates, decay):
-    """Move ema, batch-norm statistics included, towards generator. updates: so many went before.
+    """Move ema, batch-norm statistics included, towards generator. updates: how many came before.
 
     The decay warms up (as TensorFlow's), so that a short run does not evaluate its initial weights.
     """
@@ -175,7 +175,7 @@ def train(run, photos, rank):
             chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]  # its share
             L, ab = photos.batch(chosen, crop=True, aged=args.aged)
             if epoch < args.pretrain_epochs:
-                terms.append(pretrain_step(run, L, ab))  # on the device: no step waits for it
+                terms.append(pretrain_step(run, L, ab))  # left on the device: reading it would wait
             else:
                 terms.append(adversarial_step(run, L, ab))
             update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
@@ -273,7 +273,7 @@ def save_picture(generators, photos, rows, path):
     """Draw the images of these rows below each other: grey, colorized by each, and real."""
     L, ab = photos.batch(rows)
     colours = [torch.zeros_like(ab), *(generator(L) for generator in generators), ab]
-    images = torch.cat([to_uint8(L, colour) for colour in colours]) / 255
+    images = torch.cat([to_uint8(L, colour) for colour in colours]).cpu() / 255
     with replacing(path) as part:
         save_image(images, part, nrow=len(rows), format="png")
 
@@ -349,7 +349,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.log, self.history = 0, [], []  # history: of the runs it began from
         self.contents = None  # the digest of the photographs, of a resumed run
-        self.saved, self.written = -math.inf, 0.0  # when; last.pt's own time of the same
+        self.saved, self.written = -math.inf, 0.0  # of the last save: our clock, last.pt's mtime
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -495,7 +495,7 @@ def start(args):
 
     # Networks
     run = Run(args, device)
-    if (args.out / "last.pt").exists():  # and --resume
+    if (args.out / "last.pt").exists():  # so --resume: parse_args refuses it else
         run.load(args.out / "last.pt")
     elif args.init:
         run.start_from(args.init)
@@ -514,7 +514,7 @@ def start(args):
         raise UsageError(f"--batch-size {args.batch_size}: must be at most {len(photos.train)} "
                          f"(training images) and a multiple of {args.processes} (processes)")
     if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)  # where that fails, now
+        args.out.mkdir(parents=True, exist_ok=True)  # to fail now, not after an epoch
         say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
         say(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} "
             f"test images, on {photos.device}; from epoch {run.epoch + 1}")
