@@ -212,9 +212,9 @@ def random_crops(rgb, size, paper=0.0):
 def random_grey(rgb):
     """Grey pictures as film, prints and scans make them of colours, each in a way of its own.
 
-    rgb: (N, 3, H, W), 0 or more. Returns (N, 1, H, W) in [0, 1], gamma-encoded. What emulsions see:
-    Mees and James 1966, The Theory of the Photographic Process; how prints fade: Reilly 1986, Care
-    and Identification of 19th-Century Photographic Prints. The ranges are ours.
+    rgb: (N, 3, H, W), from 0 but for rounding. Returns (N, 1, H, W) in [0, 1], gamma-encoded, too.
+    What emulsions see: Mees and James 1966, The Theory of the Photographic Process; how prints
+    fade: Reilly 1986, Care and Identification of 19th-Century Photographic Prints. Ranges are ours.
     """
     def uniform(low, high, channels=1):
         return torch.empty(len(rgb), channels, 1, 1, device=rgb.device).uniform_(low, high)
