@@ -411,7 +411,7 @@ def test_ema_warms_up_and_averages_batch_norm_too():
 def test_learning_rate_and_adam(run):
     args = train.parse_args(["--pretrain-epochs", "10", "--pretrain-lr", "0.5", "--lr", "0.1"])
     defaults = [*vars(train.parse_args([])).values()][1:14]
-    assert defaults == [128, 64, 32, 100, 110, 1, 2, 300, 10, 1e-3, 1e-4, 0.5, 0.999]
+    assert defaults == [128, 64, 32, 100, 110, 1, 2, 1000, 10, 1e-3, 1e-4, 0.5, 0.999]
     rates = [train.learning_rate(args, epoch) for epoch in (0, 0.5, 1, 5.5, 9.9999, 10, 50)]
     assert rates == pytest.approx([0, 0.25, 0.5, 0.25, 0, 0.1, 0.1], abs=1e-6)
     assert run.optimizer_g.defaults["betas"] == run.optimizer_c.defaults["betas"] == (0.5, 0.9)

@@ -452,7 +452,7 @@ def parse_args(argv=None):
     add("--epochs", type=epochs, default=110, help="epochs of WGAN-GP after that")
     add("--critic-steps", type=count, default=1, help="critic steps, all on one batch (WGAN-GP: 5)")
     add("--generator-steps", type=count, default=2, help="generator steps a batch (WGAN-GP: 1)")
-    add("--lambda-l1", type=weight, default=300.0, help="weight of L1, on ab / 110 (pix2pix: 100)")
+    add("--lambda-l1", type=weight, default=1000.0, help="weight of L1, on ab / 110 (pix2pix: 100)")
     add("--lambda-gp", type=weight, default=10.0, help="weight of the penalty (WGAN-GP: 10)")
     add("--pretrain-lr", type=weight, default=1e-3, help="peak of L1's: warm-up, then cosine to 0")
     add("--lr", type=weight, default=1e-4, help="learning rate of WGAN-GP, constant")
