@@ -45,8 +45,8 @@ def colorize(generator, image, size, strength=1.0):
     does not grow with the picture.
     """
     seen, inside = network_input(image, size)
-    L, _ = normalize(rgb_to_lab(to_tensor(seen)))
-    ab = generator(L.to(generator.head.weight.device))[0].cpu() * AB_RANGE * strength
+    lightness, _ = normalize(rgb_to_lab(to_tensor(seen)))
+    ab = generator(lightness.to(generator.head.weight.device))[0].cpu() * AB_RANGE * strength
     planes = [Image.fromarray(plane[inside].numpy()) for plane in ab]
     (width, height), rows = image.size, max(1, STRIP // image.width)
     scale = planes[0].height / height

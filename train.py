@@ -137,7 +137,7 @@ def average(tensors):
 def update_ema(ema, generator, updates, decay):
     """Move ema, batch-norm statistics included, towards generator. updates: how many came before.
 
-    The decay warms up (as TensorFlow's), so that a short run does not evaluate its initial weights.
+    The decay warms up in every run (TensorFlow's way): a short one must forget its first weights.
     """
     decay = min(decay, (1 + updates) / (10 + updates))
     for mean, value in zip(ema.state_dict().values(), generator.state_dict().values()):
