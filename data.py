@@ -235,7 +235,7 @@ class Picture(NamedTuple):
     """A picture as read: upright, in sRGB, 8 bits."""
     image: Image.Image  # mode L, or RGB where it had channels for colour; white where it is hidden
     alpha: Image.Image | None  # mode L
-    metadata: dict  # EXIF and dpi, as options of Image.save
+    metadata: dict  # EXIF and dpi (but 1, Pillow's for a TIFF without), as options of Image.save
 
 
 def is_picture(path):
@@ -255,7 +255,7 @@ def read_picture(path):
         refuse_misread(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        metadata = {name: image.info[name] for name in ("exif", "dpi") if name in image.info}
+        metadata = {k: v for k, v in image.info.items() if k in ("exif", "dpi") and v != (1, 1)}
         if image.mode.startswith("I"):  # 16 bits, which Image.convert would saturate at 255
             levels = np.rint(np.asarray(image) * np.float32(255 / 65535)).astype(np.uint8)
             profile, image = image.info.get("icc_profile"), Image.fromarray(levels)
