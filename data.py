@@ -235,7 +235,7 @@ class Picture(NamedTuple):
     """A picture as read: upright, in sRGB, 8 bits."""
     image: Image.Image  # mode L, or RGB where it had channels for colour; white where it is hidden
     alpha: Image.Image | None  # mode L
-    metadata: dict  # EXIF and dpi (but 1, Pillow's for a TIFF without), as options of Image.save
+    metadata: dict  # EXIF and dpi (not the 1 that Pillow gives a TIFF without), for Image.save
 
 
 def is_picture(path):

@@ -948,11 +948,11 @@ def test_exif_and_resolution_are_kept_and_the_orientation_is_used_up(suffix, opt
     assert sample_py(f"a.{suffix} b.{suffix} out --grid 0") == 0
     image, bare = (Image.open(f"out/{name}.{suffix}") for name in "ab")
     found = image.getexif()
-    assert image.size == (37, 50) and 0x0112 not in found and 282 not in bare.getexif()  # dpi
+    assert image.size == (37, 50) and 0x0112 not in found and 282 not in bare.getexif()  # x dpi
     if suffix != "tif":
         assert found[270] == tags[270]
         assert all(found.get_ifd(tag) == tags[tag] for tag in (0x8769, 0x8825))
-    assert suffix == "webp" or image.info["dpi"] == pytest.approx((300, 300), abs=0.01)  # metres
+    assert suffix == "webp" or image.info["dpi"] == pytest.approx((300, 300), abs=0.01)  # PNG: /m
     assert b"xmpmeta" not in Path(f"out/a.{suffix}").read_bytes()  # it may turn the picture again
 
 
