@@ -165,8 +165,7 @@ def plan(args):
 def draw_grid(columns, path):
     """Draw columns, (name, cells), in bands of COLUMNS: grey, colorized and real, and the name."""
     font, line, step = ImageFont.load_default(16), 24, SIDE + 2
-    rows = max(len(cells) for _, cells in columns)
-    band = rows * step + line
+    band = max(len(cells) for _, cells in columns) * step + line
     size = min(len(columns), COLUMNS) * step, -(-len(columns) // COLUMNS) * band
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
@@ -176,7 +175,7 @@ def draw_grid(columns, path):
             page.paste(cell, (x, y + row * step))
         while font.getlength(name) > SIDE - 8:
             name = name[1:]
-        draw.text((x + 2, y + rows * step), name, "black", font)
+        draw.text((x + 2, y + band - line), name, "black", font)
     with replacing(path, os.getpid()) as part:
         page.save(part, "PNG")
 
