@@ -120,17 +120,18 @@ def step(network, optimizer, loss, scaler):
     """Update one network by one loss. The scaler, enabled for float16 alone, skips overflows."""
     optimizer.zero_grad()
     scaler.scale(loss).backward()
-    average(p.grad for p in network.parameters())
+    average([p.grad for p in network.parameters()])
     scaler.step(optimizer)
     scaler.update()
 
 
 def average(tensors):
-    """Average each tensor, in place, over the processes of torchrun."""
+    """Average a list of tensors, in place, over the processes of torchrun."""
     if dist.is_initialized():  # DistributedDataParallel does not support autograd.grad
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
+        flat = torch.cat([tensor.flatten() for tensor in tensors])  # processes wait in each call
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor) / dist.get_world_size())
 
 
 @torch.no_grad()
@@ -185,7 +186,7 @@ def train(run, photos, rank):
                      f"{(steps - i - 1) * batch / rate:.0f} s left in it")
 
         means = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
-        average(means.values())
+        average(list(means.values()))
         means = {name: mean.item() for name, mean in means.items()}  # waits for the device
         run.check_finite(means, epoch)
         run.epoch = epoch + 1
