@@ -142,7 +142,7 @@ class Photos:
         else:  # where the images are: MPS had no antialiased bicubic before torch 2.8
             rgb = F.interpolate(images / 255, (self.size, self.size), mode="bicubic",
                                 antialias=True).clamp(0, 1).to(self.device)
-        lab = rgb_to_lab(rgb.clamp_max(1))
+        lab = rgb_to_lab(rgb.clamp_max(1))  # paper is whiter, for random_grey to fade
         if aged:
             grey = rgb_to_lab(random_grey(rgb).expand_as(rgb))
             chosen = torch.rand(len(rgb), 1, 1, device=self.device) < aged
@@ -212,7 +212,7 @@ def random_crops(rgb, size, paper=0.0):
 def random_grey(rgb):
     """Grey pictures as film, prints and scans make them of colours, each in a way of its own.
 
-    rgb: (N, 3, H, W), from 0 but for rounding. Returns (N, 1, H, W) in [0, 1], gamma-encoded, too.
+    rgb: (N, 3, H, W), about 0 to 1, paper to 1.5. Returns (N, 1, H, W) in [0, 1]; gamma-encoded.
     What emulsions see: Mees and James 1966, The Theory of the Photographic Process; how prints
     fade: Reilly 1986, Care and Identification of 19th-Century Photographic Prints. Ranges are ours.
     """

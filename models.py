@@ -42,7 +42,7 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """The generator: lightness in, colour out (Ronneberger et al. 2015, figure 1, padded).
 
-    Beyond the paper it standardizes its input: how faded a print is says nothing of its colours.
+    Beyond the paper: batch norm, tanh, and its input standardized: fading says nothing of colours.
     width: channels of the first block; the others have 2, 4, 8 and 16 times as many.
     """
 
@@ -103,7 +103,7 @@ class PatchCritic(nn.Module):
 
 
 def init_normal(module):
-    """Weights from N(0, 0.02), biases 0 (Isola et al. 2018, 6.2)."""
+    """Weights from N(0, 0.02), biases 0 (Isola et al. 2018, 6.2; our U-Net keeps PyTorch's)."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
@@ -117,7 +117,7 @@ def fitting(path):
         yield
     except Exception as error:  # a damaged file can raise anything
         said = " ".join(str(error).split()).split(". ")[0][:150]
-        reason = getattr(error, "strerror", None) or f"of another models.py, or damaged ({said})"
+        reason = getattr(error, "strerror", None) or f"other kind, other code, or damaged ({said})"
         raise UsageError(f"{path}: {reason}") from error
 
 
@@ -153,4 +153,4 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).device
     except Exception as error:  # torch has many ways to say so
-        raise UsageError(f"--device {name}: not on this machine; try --device auto") from error
+        raise UsageError(f"--device {name}: cannot be used here; try --device cpu") from error

@@ -68,7 +68,7 @@ def colorize(generator, image, size, strength=1.0):
 
 
 def psnr(real, fake):
-    """PSNR in dB of two RGB images of 8 bits, in strips."""
+    """PSNR in dB of two RGB images of 8 bits, in strips; below the bottom both are black."""
     boxes = [(0, top, real.width, top + 256) for top in range(0, real.height, 256)]
     parts = [ImageStat.Stat(ImageChops.difference(real.crop(b), fake.crop(b))) for b in boxes]
     error = sum(sum(part.sum2) for part in parts) / (3 * real.width * real.height)
@@ -90,8 +90,8 @@ def network_input(image, size):
     return np.pad(rgb, margins, "symmetric"), np.s_[top : top + rows, left : left + columns]
 
 
-def lightness(image):
-    """The grey image, mode L, of an image's L*: for the grid."""
+def grey_cell(image):
+    """The grey image, mode L, of an image's L*."""
     lab = rgb_to_lab(to_tensor(image.convert("RGB"))) * torch.tensor([1, 0, 0]).view(3, 1, 1)
     return Image.fromarray((lab_to_rgb(lab)[0, 1] * 255).round().byte().numpy())
 
@@ -116,7 +116,7 @@ def colorize_file(generator, size, strength, source, path, shown):
         if shown:
             real, fake = (ImageOps.pad(picture, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
                           for picture in (image, result))
-            cells = [lightness(real), fake, real][: 3 if coloured else 2]
+            cells = [grey_cell(real), fake, real][: 3 if coloured else 2]
         if alpha:
             result.putalpha(alpha)
         with replacing(path, os.getpid()) as part:

@@ -28,7 +28,7 @@ from data import (
     rgb_to_lab, run_command, say)
 from models import PatchCritic, UNet, fitting, load_generator, pick_device, to_device
 
-SAVE_SECONDS = 30  # between two saves: a save writes 642 MB at width 64
+SAVE_SECONDS = 30  # at least, between two saves: one writes 642 MB at width 64
 MAY_DIFFER = {  # from the run that --resume goes on with
     "data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
 
@@ -103,7 +103,7 @@ def adversarial_step(run, L, ab):
         # One backward for both: the penalty alone leaves the last bias without a gradient.
         step(run.critic, run.optimizer_c, gap + args.lambda_gp * penalty, run.scaler)
 
-    run.critic.requires_grad_(False)  # saves the critic's own gradients
+    run.critic.requires_grad_(False)  # spares gradients that nobody reads
     for i in range(args.generator_steps):
         with run.autocast():
             if i > 0:  # the first reuses that from above and its graph: generator unchanged
@@ -128,7 +128,7 @@ def step(network, optimizer, loss, scaler):
 def average(tensors):
     """Average a list of tensors, in place, over the processes of torchrun."""
     if dist.is_initialized():  # DistributedDataParallel does not support autograd.grad
-        flat = torch.cat([tensor.flatten() for tensor in tensors])  # processes wait in each call
+        flat = torch.cat([tensor.flatten() for tensor in tensors])  # one call: in each, all wait
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(total.view_as(tensor) / dist.get_world_size())
@@ -293,17 +293,17 @@ def report(paths, args, device, photos=None):
 
     means = [photos.batch(part)[1].mean((2, 3)) for part in chunks(photos, photos.train)]
     mean_ab = torch.cat(means).mean(0)[:, None, None]
-    rows = [("no colour", lambda L, ab: torch.zeros_like(ab), 0.0),
-            ("mean colour of the training part", lambda L, ab: mean_ab.expand_as(ab), 0.0)]
+    table = [("no colour", lambda L, ab: torch.zeros_like(ab), 0.0),
+             ("mean colour of the training part", lambda L, ab: mean_ab.expand_as(ab), 0.0)]
     for name, generator, _ in loaded:
         predict = lambda L, ab, generator=generator: generator(L)
-        rows += [(name, predict, 0.0), (f"{name}, aged photographs", predict, 1.0)]
-    rows.append(("real", lambda L, ab: ab, 0.0))
-    column = max(len(name) for name, _, _ in rows) + 2
+        table += [(name, predict, 0.0), (f"{name}, aged photographs", predict, 1.0)]
+    table.append(("real", lambda L, ab: ab, 0.0))
+    column = max(len(name) for name, _, _ in table) + 2
     title = f"{len(photos.test)} test images at {sizes[0]} x {sizes[0]}"
     lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  mix error  worse than no colour")
-    grey = evaluate(rows[0][1], photos, photos.test)["psnr"]
-    for name, predict, aged in rows:
+    grey = evaluate(table[0][1], photos, photos.test)["psnr"]
+    for name, predict, aged in table:
         live(f"evaluating: {name}")
         figures = evaluate(predict, photos, photos.test, full=True, aged=aged)
         psnr, ssim, colour = (figures[key].mean() for key in ("psnr", "ssim", "colourfulness"))
@@ -428,12 +428,12 @@ def join_processes(device):
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     backend = "gloo" if device == "cpu" else None  # None: the accelerator's, where there is one
-    dist.init_process_group(backend, timeout=timedelta(hours=1))  # to decode
+    dist.init_process_group(backend, timeout=timedelta(hours=1))  # the others wait for the first
     return dist.get_rank(), dist.get_world_size()
 
 
 def resolve_amp(name, device):
-    """What --amp auto stands for on this device: a run goes on with what it began with."""
+    """What --amp auto stands for on this device; last.pt keeps it, and --resume insists on it."""
     if name == "auto" and device.type == "cuda":  # a T4 (7, 5) emulates bf16, slowly
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     return "off" if name == "auto" else name
