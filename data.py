@@ -241,7 +241,8 @@ class Picture(NamedTuple):
 def is_picture(path):
     """Whether Pillow reads files of this suffix."""
     format = Image.registered_extensions().get(Path(path).suffix.lower())
-    return format in Image.OPEN or format == "MPO"  # which the JPEG reader opens
+    # MPO is opened by JPEG's reader; MPEG's is a stub that knows a film by its head.
+    return format == "MPO" or format in Image.OPEN and format != "MPEG"
 
 
 def read_picture(path):

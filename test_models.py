@@ -729,7 +729,7 @@ def test_every_picture_gets_its_line_and_the_last_one_has_the_mean(sample_py, ca
     put(GREY, "in/grey.png")
     put(ImageOps.colorize(GREY, (30, 15, 5), (255, 240, 200)), "in/sepia.jpg")
     Path("in/cut.png").write_bytes(Path("in/0.png").read_bytes()[:300])
-    for name in ("in/empty.jpg", "in/notes.txt"):
+    for name in ("in/empty.jpg", "in/film.mpg", "in/notes.txt"):
         Path(name).touch()
     assert sample_py("in out --grid 4") == 1
     decibels = [peak_signal_noise_ratio(pixels(f"in/{i}.png"), pixels(f"out/{i}.png"),
@@ -740,7 +740,7 @@ def test_every_picture_gets_its_line_and_the_last_one_has_the_mean(sample_py, ca
         *(f"out/{i}.png: {quality:.2f} dB" for i, quality in enumerate(decibels)),
         "out/grey.png", "out/sepia.jpg",
         f"5 colorized into out, {np.mean(decibels):.2f} dB on the 3 that had colour, 2 failed"
-        "; passed over: 1 .txt", "out/grid.png shows 3 of 5"]
+        "; passed over: 1 .mpg, 1 .txt", "out/grid.png shows 3 of 5"]
     assert [line.split(": not colorized: ")[0] for line in err.splitlines()] == [
         "in/cut.png", "in/empty.jpg"]
     assert sample_py("in/0.png /proc/none") == 1  # no folder can be made there
