@@ -29,7 +29,7 @@ COLUMNS, SIDE = 8, 256  # of the grid, and of its cells in pixels
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 SAVE = {  # suffixes that are kept, with how they are written
     ".jpg": JPEG, ".jpeg": JPEG, ".png": {"format": "PNG"}, ".tif": {"format": "TIFF"},
-    ".tiff": {"format": "TIFF"}, ".webp": {"format": "WEBP", "lossless": True},
+    ".tiff": {"format": "TIFF"}, ".webp": {"format": "WEBP", "lossless": True, "exact": True},
 }
 GREY_L = rgb_to_lab((torch.arange(256) / 255).expand(1, 3, 1, 256))[0, 0, 0]  # of grey levels
 
