@@ -218,7 +218,7 @@ def log_epoch(run, photos, means, rate):
 
 def to_uint8(L, ab):
     """L and ab as networks see them, to RGB (N, 3, H, W) uint8, clipped as scikit-image does."""
-    return (lab_to_rgb(denormalize(L, ab.float())) * 255).round().byte()
+    return (lab_to_rgb(denormalize(L, ab)) * 255).round().byte()
 
 
 def colourfulness(images):
@@ -465,8 +465,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of training; the split is fixed")
     add("--sample-every", type=count, default=5, metavar="EPOCHS", help="between two pictures")
-    add("--out", type=Path, help="folder for everything that is written; if none is named, runs, "
-        "and for --eval nothing is written")
+    add("--out", type=Path, help="folder for the results; if none is named, runs, for --eval none")
     add("--init", type=Path, metavar="CKPT", help="start from this g.pt: same --width, any --size")
     add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
     add("--eval", type=Path, nargs="+", metavar="CKPT", help="evaluate these on --data's test part")
