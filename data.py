@@ -11,7 +11,8 @@ import io
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ import torch
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin as tiff
 from torch.nn import functional as F
 
-L_CENTER, AB_RANGE = 50.0, 110.0  # networks see L / 50 - 1 and ab / 110
+L_CENTER = 50.0  # networks see L / 50 - 1
+AB_RANGE = 110.0  # and ab / 110
 XYZ_FROM_RGB = torch.tensor([
     [0.412453, 0.357580, 0.180423],
     [0.212671, 0.715160, 0.072169],
@@ -28,8 +30,9 @@ XYZ_FROM_RGB = torch.tensor([
 ], dtype=torch.float64)
 RGB_FROM_XYZ = XYZ_FROM_RGB.inverse()
 WHITE = torch.tensor([0.95047, 1.0, 1.08883], dtype=torch.float64)  # D65, 2 degree observer
-CACHE = Path("cache")
+CACHE = Path("cache")  # of decoded images
 DEFAULT_DATA = "data"  # where Flowers102 is downloaded to
+NEW_SUBFILE_TYPE = 254  # a TIFF tag that Pillow has no name for; bit 0: a preview
 
 
 class UsageError(Exception):
@@ -52,28 +55,35 @@ def rgb_to_lab(rgb):
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     xyz = _multiply(XYZ_FROM_RGB / WHITE[:, None], linear)
     f = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116)
-    x, y, z = f.unbind(1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+    fx, fy, fz = f.unbind(1)
+    L = 116 * fy - 16
+    a = 500 * (fx - fy)
+    b = 200 * (fy - fz)
+    return torch.stack([L, a, b], 1)
 
 
 def lab_to_rgb(lab, keep_lightness=False):
     """Convert CIE L*a*b* (D65) to sRGB; the inverse of rgb_to_lab.
 
-    lab: (N, 3, H, W) float, L in [0, 100]. Returns (N, 3, H, W) in [0, 1]. Colours outside the
-    gamut are clipped in RGB, as scikit-image does, which changes their lightness; keep_lightness
-    mixes them, in linear light, with the grey of their own luminance until they are inside.
+    lab: (N, 3, H, W) float, L in [0, 100]. Returns (N, 3, H, W) in [0, 1]. Many Lab colours have no
+    RGB in [0, 1]. They are clipped, as scikit-image does, which changes their lightness; with
+    keep_lightness they are made paler instead, until they fit.
     """
     L, a, b = lab.unbind(1)
-    y = (L + 16) / 116
-    f = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], 1)  # Z >= 0 as in skimage
+    fy = (L + 16) / 116
+    fx = fy + a / 500
+    fz = (fy - b / 200).clamp_min(0)  # so that Z >= 0, as in scikit-image
+    f = torch.stack([fx, fy, fz], 1)
     xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
     linear = _multiply(RGB_FROM_XYZ * WHITE, xyz)
     if keep_lightness:
-        grey = xyz[:, 1:2].clamp(0, 1)  # Y is the luminance, and the same along this line
+        # On the line from a colour to the grey of the same luminance, in linear light, lightness
+        # does not change. Walk from the grey towards the colour for as long as all channels fit.
+        grey = xyz[:, 1:2].clamp(0, 1)  # Y is the luminance
         offset = linear - grey
-        above = (1 - grey) / offset.amax(1, keepdim=True).clamp_min(1e-8)
-        below = grey / (-offset).amax(1, keepdim=True).clamp_min(1e-8)
-        linear = grey + offset * torch.minimum(above, below).clamp_max(1)
+        room_above = (1 - grey) / offset.amax(1, keepdim=True).clamp_min(1e-8)
+        room_below = grey / (-offset).amax(1, keepdim=True).clamp_min(1e-8)
+        linear = grey + offset * torch.minimum(room_above, room_below).clamp_max(1)
     rgb = torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
     return rgb.clamp(0, 1)
 
@@ -91,14 +101,18 @@ def denormalize(L, ab):
 def has_colour(rgb):
     """Whether pictures are more than black and white. Returns (N,) bool.
 
-    rgb: (N, 3, H, W) float in [0, 1]. In a toned print (sepia) ab is not 0, but follows from L:
-    what tells a colour photograph is that ab differs at equal lightness, here by 4 (root mean
-    square). Of 1,638 flowers 11 count as toned; of 500 toned pictures (JPEG) one as coloured.
+    rgb: (N, 3, H, W) float in [0, 1]. A toned print (sepia) has colours, too, but one for each
+    lightness. So what counts is how far ab is, at each lightness, from its mean there: 4 or more
+    (root mean square) is a colour photograph. Of 1,638 flowers 11 count as toned; of 500 toned
+    pictures (JPEG) one as coloured.
     """
-    L, ab = rgb_to_lab(rgb).flatten(2).split([1, 2], 1)
-    level = (L / 4).long().expand_as(ab)  # 26 levels of L
-    means = torch.zeros(len(rgb), 2, 26).scatter_reduce(2, level, ab, "mean", include_self=False)
-    return (ab - means.gather(2, level)).square().sum(1).mean(1).sqrt() > 4
+    pixels = rgb_to_lab(rgb).flatten(2)  # (N, 3, H * W)
+    L, ab = pixels.split([1, 2], 1)
+    level = (L / 4).long().expand_as(ab)  # 26 levels of lightness, 0 to 25
+    mean = torch.zeros(len(rgb), 2, 26)
+    mean = mean.scatter_reduce(2, level, ab, "mean", include_self=False)
+    distance = ab - mean.gather(2, level)  # from the mean of the pixel's own level
+    return distance.square().sum(1).mean(1).sqrt() > 4
 
 
 # --- Split; augmentation: crops and ageing -------------------------------------------------------
@@ -106,28 +120,38 @@ def has_colour(rgb):
 class Photos:
     """The photographs of --data, split 70 / 15 / 15, always in the same way.
 
-    images: (N, S, S, 3) uint8 tensor, memory-mapped, or on a CUDA device where they take less than
-    a quarter of its free memory. S is 1.5 times size, so that a random crop is never enlarged.
-    train, val, test: int64 tensors of rows. contents: a digest of all the pixels. test_means: the
-    mean level of each test image, by which a checkpoint knows its test part again, also after
-    another decoder or at another size. UsageError for too few images, or too many identical ones.
+    images: (N, S, S, 3) uint8 tensor, S = 1.5 * size, so that a random crop is never enlarged;
+        memory-mapped, or on a CUDA device where they take less than a quarter of its free memory.
+    train, val, test: int64 tensors of rows of images.
+    contents: a digest of all the pixels, by which --resume knows the photographs again.
+    test_means: the mean level of each test image, by which a checkpoint knows its test part again,
+        also after another decoder or at another size.
     """
 
     def __init__(self, data, size, device="cpu"):
-        self.size, self.device, stored = size, torch.device(device), size * 3 // 2
-        names, images = demo(stored) if data == "demo" else decode_folder(Path(data), stored)
+        """Raises UsageError for too few images, or too many identical ones."""
+        self.size = size
+        self.device = torch.device(device)
+        stored = size * 3 // 2
+        if data == "demo":
+            names, images = demo(stored)
+        else:
+            names, images = decode_folder(Path(data), stored)
         good = usable(data, names, images)
         digests = {row: hashlib.sha256(images[row]).digest() for row in good}
-        parts = split(good, digests)
-        if not all(parts):
+        train, val, test = split(good, digests)
+        if not (train and val and test):
             raise UsageError(f"--data {data}: too many identical images to split them in three")
-        self.train, self.val, self.test = map(torch.tensor, parts)
+        self.train = torch.tensor(train)
+        self.val = torch.tensor(val)
+        self.test = torch.tensor(test)
         self.contents = _digest(list(digests.values()))
-        self.test_means = [round(float(images[row].mean()), 1) for row in parts[2]]
+        self.test_means = [round(float(images[row].mean()), 1) for row in test]
         self.images = torch.from_numpy(images)
-        if (self.device.type == "cuda"
-                and self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] // 4):
-            self.images = self.images.to(self.device)
+        if self.device.type == "cuda":
+            free_memory, _ = torch.cuda.mem_get_info(self.device)
+            if self.images.nbytes < free_memory // 4:
+                self.images = self.images.to(self.device)
 
     def batch(self, rows, crop=False, aged=0.0):
         """The images of these rows as networks see them, on the device.
@@ -139,11 +163,14 @@ class Photos:
         images = self.images[rows.to(self.images.device)].permute(0, 3, 1, 2)
         if crop:
             rgb = random_crops(images.to(self.device) / 255, self.size, paper=aged / 2)
-        else:  # where the images are: MPS had no antialiased bicubic before torch 2.8
-            rgb = F.interpolate(images / 255, (self.size, self.size), mode="bicubic",
-                                antialias=True).clamp(0, 1).to(self.device)
-        lab = rgb_to_lab(rgb.clamp_max(1))  # paper is whiter, for random_grey to fade
+        else:
+            # Scaled where the images are: MPS had no antialiased bicubic before torch 2.8.
+            sides = (self.size, self.size)
+            rgb = F.interpolate(images / 255, sides, mode="bicubic", antialias=True)
+            rgb = rgb.clamp(0, 1).to(self.device)
+        lab = rgb_to_lab(rgb.clamp_max(1))
         if aged:
+            # Of rgb as it is: paper is whiter than 1, and fades to white.
             grey = rgb_to_lab(random_grey(rgb).expand_as(rgb))
             chosen = torch.rand(len(rgb), 1, 1, device=self.device) < aged
             lab[:, 0] = torch.where(chosen, grey[:, 0], lab[:, 0])
@@ -151,61 +178,95 @@ class Photos:
 
 
 def usable(data, names, images):
-    """Rows of the images to train on; tells what is left out. UsageError for fewer than ten."""
-    readable = [image.any() for image in images]
-    good = [row for row, right in enumerate(readable) if right]
-    bad = [name for name, right in zip(names, readable) if not right]
+    """Rows of the images to train on; says what is left out. UsageError for fewer than ten."""
+    good, bad = [], []
+    for row, image in enumerate(images):
+        if image.any():
+            good.append(row)
+        else:
+            bad.append(names[row])  # black: so decode leaves what is broken
     if bad:
+        listed = ", ".join(bad[:20])
+        if len(bad) > 20:
+            listed += " ..."
         say(f"{len(bad)} of {len(names)} images left out, broken or all black (delete {CACHE}/ to "
-            "try again): " + ", ".join(bad[:20]) + (" ..." if len(bad) > 20 else ""))
+            f"try again): {listed}")
     if len(good) < 10:
         raise UsageError(f"--data {data}: {len(good)} readable images, at least 10 are needed; an "
                          f"archive is to be unpacked; a missing '{DEFAULT_DATA}' is downloaded")
-    step = max(1, images.shape[1] // 48)
-    small = torch.from_numpy(images[good, ::step, ::step]).permute(0, 3, 1, 2)
-    grey = len(good) - sum(int(has_colour(part / 255).sum()) for part in small.split(256))
+
+    # A few thousand pixels of each are enough to tell grey.
+    stride = max(1, images.shape[1] // 48)
+    small = torch.from_numpy(images[good, ::stride, ::stride]).permute(0, 3, 1, 2)
+    coloured = torch.cat([has_colour(part / 255) for part in small.split(256)])
+    grey = len(good) - int(coloured.sum())
     if grey > len(good) / 10:
         say(f"warning: {grey} of {len(good)} images are black and white: they teach grey")
     return good
 
 
 def split(rows, digests):
-    """Split rows at random, 70 / 15 / 15; digests: of each row, equal for identical images.
+    """Split rows at random, 70 / 15 / 15, into three lists: train, val and test.
 
     The same files are split the same for ever, so that no run is tested on what another was trained
-    on: RandomState's stream is frozen by NumPy's policy. Identical images fall into the same part.
+    on: the stream of RandomState is frozen by NumPy's policy. digests: of each row, equal for
+    identical images, which all go where the first of them went.
     """
-    parts, part_of, ends = ([], [], []), {}, (round(0.7 * len(rows)), round(0.85 * len(rows)))
-    for rank, i in enumerate(np.random.RandomState(0).permutation(len(rows))):
-        own = sum(rank >= end for end in ends)
-        part = part_of.setdefault(digests[rows[i]], own)  # that of the first of its kind
-        parts[part].append(rows[i])
-    return parts
+    train_end = round(0.70 * len(rows))
+    val_end = round(0.85 * len(rows))
+    train, val, test = [], [], []
+    part_of = {}
+    order = np.random.RandomState(0).permutation(len(rows))
+    for rank, i in enumerate(order):
+        if rank < train_end:
+            part = train
+        elif rank < val_end:
+            part = val
+        else:
+            part = test
+        part = part_of.setdefault(digests[rows[i]], part)
+        part.append(rows[i])
+    return train, val, test
 
 
 def random_crops(rgb, size, paper=0.0):
     """Scale a random part of each image, mirrored with probability 1/2, to size x size.
 
     rgb: (N, 3, H, W) in [0, 1]; returns (N, 3, size, size). A part's sides are 2/3 to 1 of the
-    image's, 10 % longer or shorter than each other at the most; area and place are uniform. paper:
-    the share of images that are seen whole instead, in a frame of sides 1 to 1.35, of grey 0 to
-    1.5, since paper stays white where the print on it has faded.
-    One affine map an image holds all of it (Jaderberg et al. 2015, eq. 1): no loop.
+    image's, 10 % longer or shorter than each other at the most; area and place are uniform.
+    paper: the share of images that lie on paper instead: the whole image with a margin around it,
+    together 1 to 1.35 of its sides. The margin is grey, 0 to 1.5: paper stays white where the
+    print on it has faded, and random_grey fades both alike.
+
+    A crop and a margin are the same affine map of coordinates, one with a factor below 1, the other
+    above (Jaderberg et al. 2015, eq. 1); so grid_sample does all images at once, without a loop.
     """
     def uniform(low, high):
         return torch.empty(len(rgb), device=rgb.device).uniform_(low, high)
 
-    framed = uniform(0, 1) < paper
-    low, high = torch.where(framed, 1, 2 / 3), torch.where(framed, 1.35, 1)
-    side, ratio = torch.lerp(low**2, high**2, uniform(0, 1)).sqrt(), uniform(0.9, 1.1).sqrt()
-    width, height = (side * ratio).clamp(low, high), (side / ratio).clamp(low, high)
-    # The part's centre; the image reaches from -1 to 1, and the smaller lies inside the larger.
-    x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
-    mirror = 1 - 2 * torch.randint(2, x.shape, device=rgb.device)  # -1 runs x from right to left
+    on_paper = uniform(0, 1) < paper
+    low = torch.where(on_paper, 1, 2 / 3)
+    high = torch.where(on_paper, 1.35, 1)
+    # The root makes the area uniform, and not the side.
+    side = torch.lerp(low**2, high**2, uniform(0, 1)).sqrt()
+    ratio = uniform(0.9, 1.1).sqrt()
+    width = (side * ratio).clamp(low, high)
+    height = (side / ratio).clamp(low, high)
+    # The image reaches from -1 to 1. Where the part is smaller, it stays inside the image; where it
+    # is larger, the image stays inside the part: the same formula for its centre.
+    x = uniform(-1, 1) * (1 - width)
+    y = uniform(-1, 1) * (1 - height)
+    # Half of the maps run x from right to left.
+    mirror = 1 - 2 * torch.randint(2, x.shape, device=rgb.device)
+
+    # Each map is two rows: where to read x, and where to read y.
     zero = torch.zeros_like(x)
-    maps = torch.stack([width * mirror, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    to_x = torch.stack([width * mirror, zero, x], 1)
+    to_y = torch.stack([zero, height, y], 1)
+    maps = torch.stack([to_x, to_y], 1)
     grid = F.affine_grid(maps, (len(rgb), 3, size, size), align_corners=False)
-    margin = (framed * uniform(0, 1.5))[:, None, None, None]  # grid_sample sees 0 outside the image
+    # Outside the image grid_sample sees 0: let 0 be the paper's grey while it samples.
+    margin = (on_paper * uniform(0, 1.5))[:, None, None, None]
     return F.grid_sample(rgb - margin, grid, align_corners=False) + margin
 
 
@@ -214,19 +275,25 @@ def random_grey(rgb):
 
     rgb: (N, 3, H, W), about 0 to 1, paper to 1.5. Returns (N, 1, H, W) in [0, 1]; gamma-encoded.
     What emulsions see: Mees and James 1966, The Theory of the Photographic Process; how prints
-    fade: Reilly 1986, Care and Identification of 19th-Century Photographic Prints. Ranges are ours.
+    fade: Reilly 1986, Care and Identification of 19th-Century Photographic Prints. The ranges are
+    our choice.
     """
     def uniform(low, high, channels=1):
         return torch.empty(len(rgb), channels, 1, 1, device=rgb.device).uniform_(low, high)
 
+    # Film weighs colours in its own way: early film sees no red, and a filter blocks any colour.
     luma = torch.tensor([0.299, 0.587, 0.114], device=rgb.device).view(3, 1, 1)
-    weights = luma * uniform(0, 2, channels=3)  # early film sees no red; filters, any emulsion
+    weights = luma * uniform(0, 2, channels=3)
     grey = (rgb * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-    grey = grey.clamp_min(0) ** uniform(-0.4, 0.4).exp()  # development, the grade of the paper
+    # Development and the grade of the paper set the contrast.
+    grey = grey.clamp_min(0) ** uniform(-0.4, 0.4).exp()
+    # The camera's lens and the enlarger's are soft.
     soft = F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False)
-    grey = torch.lerp(grey, soft, uniform(0, 1))  # the lens, the enlarger
-    grey = torch.lerp(uniform(-0.1, 0.25), uniform(0.75, 1.1), grey)  # fading: black, white
-    return (grey + uniform(0, 0.03) * torch.randn_like(grey)).clamp(0, 1)  # grain
+    grey = torch.lerp(grey, soft, uniform(0, 1))
+    # Prints fade: black becomes -0.1 to 0.25, and white 0.75 to 1.1.
+    grey = torch.lerp(uniform(-0.1, 0.25), uniform(0.75, 1.1), grey)
+    # Film has grain.
+    return (grey + uniform(0, 0.03) * torch.randn_like(grey)).clamp(0, 1)
 
 
 # --- Reading any picture -------------------------------------------------------------------------
@@ -241,8 +308,9 @@ class Picture(NamedTuple):
 def is_picture(path):
     """Whether Pillow reads files of this suffix."""
     format = Image.registered_extensions().get(Path(path).suffix.lower())
-    # MPO is opened by JPEG's reader; MPEG's is a stub that knows a film by its head.
-    return format == "MPO" or format in Image.OPEN and format != "MPEG"
+    if format == "MPEG":  # a film: Pillow knows it by its head, but reads no frame
+        return False
+    return format in Image.OPEN or format == "MPO"  # MPO is opened by JPEG's reader
 
 
 def read_picture(path):
@@ -251,47 +319,69 @@ def read_picture(path):
     Returns a Picture. Raises ValueError for a picture that Pillow would misread without a word, and
     whatever Pillow raises for a broken file: that can be anything.
     """
-    # From an open file: given a path, Pillow maps some TIFFs by their size after turning.
+    # Opened here: given a path, Pillow maps some TIFFs into memory by their size after turning.
     with open(path, "rb") as file, Image.open(file) as image:
         refuse_misread(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        metadata = {k: v for k, v in image.info.items() if k in ("exif", "dpi") and v != (1, 1)}
-        if image.mode.startswith("I"):  # 16 bits, which Image.convert would saturate at 255
-            levels = np.rint(np.asarray(image) * np.float32(255 / 65535)).astype(np.uint8)
-            profile, image = image.info.get("icc_profile"), Image.fromarray(levels)
-            image.info["icc_profile"] = profile
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-        converted = lambda image: image if image.mode == mode else image.convert(mode)
-        # CMYK as it is, for its profile; and again, since profiles make RGB of grey.
-        image = converted(to_srgb(image if image.mode == "CMYK" else converted(image)))
+        metadata = {key: image.info[key] for key in ("exif", "dpi") if key in image.info}
+        if metadata.get("dpi") == (1, 1):  # Pillow's, for a TIFF without a resolution
+            del metadata["dpi"]
+        profile = image.info.get("icc_profile")
+
+        # 16 bits, which Image.convert would saturate at 255.
+        if image.mode.startswith("I"):
+            levels = np.rint(np.asarray(image) * np.float32(255 / 65535))
+            image = Image.fromarray(levels.astype(np.uint8))
+
+        alpha = None
+        if image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+
+        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        if image.mode not in (mode, "CMYK"):  # the profile of CMYK is of CMYK
+            image = image.convert(mode)
+        image = to_srgb(image, profile)
+        if image.mode != mode:  # CMYK without a profile, or RGB that a profile made of grey
+            image = image.convert(mode)
     if alpha:
-        image.paste("white", mask=alpha.point(lambda level: 255 * (level == 0)))
-    return Picture(image, None if alpha and alpha.getextrema() == (255, 255) else alpha, metadata)
+        hidden = alpha.point(lambda level: 255 if level == 0 else 0)
+        image.paste("white", mask=hidden)
+        if alpha.getextrema() == (255, 255):  # it hides nothing
+            alpha = None
+    return Picture(image, alpha, metadata)
 
 
 def refuse_misread(image):
-    """Raise ValueError for an opened Pillow image whose values would come out wrong."""
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
-    bits = tags.get(tiff.BITSPERSAMPLE, (8,))
-    if tags.get(254, 0) & 1:  # NewSubfileType: reduced
+    """Raise ValueError for an opened picture whose values Pillow would get wrong."""
+    tags = getattr(image, "tag_v2", {})  # a TIFF's; other formats have none
+    if tags.get(NEW_SUBFILE_TYPE, 0) & 1:
         raise ValueError("its first page is a preview; convert it to JPEG or PNG")
-    odd = {"F": True, "I": image.format != "PPM", "I;16": "transparency" in image.info}  # by mode
-    signed = set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1}  # or float
-    inverted = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0  # white is 0
-    planar = tags.get(tiff.PLANAR_CONFIGURATION) == 2 and image.info["compression"] == "raw"
-    deep = max(bits) > 8 and (bits[0] != 16 or inverted or planar)  # what Pillow reads wrong of it
-    if odd.get(image.mode) or signed or deep:
+
+    bits = tags.get(tiff.BITSPERSAMPLE, (8,))
+    misread = [
+        image.mode == "F",  # floating point
+        image.mode == "I" and image.format != "PPM",  # 32 bits; PPM's 16 also come as "I"
+        image.mode == "I;16" and "transparency" in image.info,  # one level of grey is transparent
+        set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1},  # signed
+    ]
+    if max(bits) > 8:
+        misread += [
+            bits[0] != 16,  # 10, 12 or 14
+            tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0,  # white is 0
+            tags.get(tiff.PLANAR_CONFIGURATION) == 2 and image.info["compression"] == "raw",
+        ]
+    if any(misread):
         raise ValueError("neither 8 nor plain 16 bits a channel; save it with 8")
 
 
-def to_srgb(image):
-    """A Pillow image in sRGB; as it is, if its profile is none, damaged, or of another mode."""
+def to_srgb(image, profile):
+    """The image in sRGB; as it is, if it has no ICC profile, or one damaged or of another mode."""
+    if not profile:
+        return image
+    srgb = ImageCms.createProfile("sRGB")
     try:
-        return ImageCms.profileToProfile(
-            image, io.BytesIO(image.info.get("icc_profile")), ImageCms.createProfile("sRGB"),
-            outputMode="RGB")
+        return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     except ImageCms.PyCMSError:
         return image
 
@@ -300,22 +390,38 @@ def to_srgb(image):
 
 @contextmanager
 def replacing(path, tag=""):
-    """Yield a temporary path beside path; rename it to path at the end, or remove it on failure.
+    """Write path whole or not at all: yield a temporary path beside it, and rename it at the end.
 
-    tag: the process, where several may write path at once. Raises OSError that names path.
+    tag: the process id, where several processes may write the same file. A full disk and the like
+    become an OSError that names path, and the temporary file is removed.
     """
+    # A digest, since a name that is as long as may be cannot grow.
     part = path.with_name(f".{_digest(path.name)}{tag}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        hint = " (is there room?)" if isinstance(error, RuntimeError) else ""  # torch.save's
+        # RuntimeError is how torch.save reports a full disk.
+        hint = " (is there room?)" if isinstance(error, RuntimeError) else ""
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(f"cannot write {path}{hint}: {reason}") from error
     finally:
-        if os.path.exists(part):  # unlink would raise where path's folder is a file
+        if os.path.exists(part):
             part.unlink()
+
+
+def in_threads(function, items, threads, **pool_options):
+    """Yield function(item) for each item, in order.
+
+    For `with closing(...)`: when the loop over it ends, by Ctrl-C too, what has not begun is
+    cancelled, and what is under way is waited for.
+    """
+    pool = ThreadPoolExecutor(threads, **pool_options)
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _digest(values):
@@ -328,20 +434,28 @@ def find_images(folder):
     Prints folders it cannot read. Returns relative paths, sorted, and suffixes of other files.
     """
     names, others = [], []
-    for top, folders, files in os.walk(folder, onerror=lambda error: say(error, sys.stderr)):
+    for top, folders, files in os.walk(folder, onerror=complain):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(top, name) for name in files if not name.startswith(".")):
-            if is_picture(path) and os.path.isfile(path):
+        for name in files:
+            if name.startswith("."):
+                continue
+            path = Path(top, name)
+            if is_picture(path) and path.is_file():
                 names.append(path.relative_to(folder))
             else:
                 others.append(path.suffix or "without suffix")
     return sorted(names, key=Path.as_posix), others
 
 
-def decode(path, size):
+def complain(error):
+    """Print an error, and go on."""
+    say(error, sys.stderr)
+
+
+def decode(folder, size, name):
     """A picture squashed to (size, size, 3) uint8 RGB, bicubic, antialiased; black if broken."""
     try:
-        image = read_picture(path).image.convert("RGB")
+        image = read_picture(folder / name).image.convert("RGB")
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     except Exception:  # a broken file can raise anything; usable names it
         return np.zeros((size, size, 3), np.uint8)
@@ -373,19 +487,23 @@ def decode_folder(folder, size):
     if not folder.is_dir():
         raise UsageError(f"--data {folder}: no folder of images")
     names, _ = find_images(folder)
-    stats = [os.stat(folder / name) for name in names]
-    files = [(str(name), stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
+    if not names:
+        return [], []
+    files = []
+    for name in names:
+        stat = os.stat(folder / name)
+        files.append((str(name), stat.st_size, stat.st_mtime_ns))
     cached = CACHE / f"{_digest((str(folder.resolve()), files))}-{size}.raw"
-    if names and not cached.exists():
+    if not cached.exists():
+        work = partial(decode, folder, size)
         with (replacing(cached, os.getpid()) as part, open(part, "wb") as file,
-              ThreadPoolExecutor(os.cpu_count()) as pool):
-            # Not named: when it is dropped, by Ctrl-C say, it cancels what has not begun.
-            for done, row in enumerate(pool.map(lambda name: decode(folder / name, size), names)):
-                file.write(row)
-                live(f"decoding {done + 1}/{len(names)} images")
+              closing(in_threads(work, names, os.cpu_count())) as images):
+            for done, image in enumerate(images, 1):
+                file.write(image)
+                live(f"decoding {done}/{len(names)} images")
         say(f"{len(names)} images decoded into {cached}")
-    # Copy on write: torch wants writable memory, and the file must stay as it is.
-    images = np.memmap(cached, np.uint8, "c").reshape(-1, size, size, 3) if names else []
+    # "c", copy on write: torch wants writable memory, and the file must stay as it is.
+    images = np.memmap(cached, np.uint8, "c").reshape(-1, size, size, 3)
     return [name.as_posix() for name in names], images
 
 
@@ -395,14 +513,16 @@ def demo(size):
     Returns names and images (N, size, size, 3) uint8, as decode_folder does.
     """
     from skimage import data as photos  # here: sample.py need not wait for it
+    pictures = {name: getattr(photos, name)() for name in ("astronaut", "coffee", "chelsea")}
+    pictures["motorcycle"], *_ = photos.stereo_motorcycle()  # the left one of two
     names, images = [], []
-    for name, photo in {"astronaut": photos.astronaut(), "coffee": photos.coffee(),
-                        "chelsea": photos.chelsea(),
-                        "motorcycle": photos.stereo_motorcycle()[0]}.items():
-        for y in range(0, photo.shape[0] - 191, 32):
-            for x in range(0, photo.shape[1] - 191, 32):
-                image = Image.fromarray(photo[y : y + 192, x : x + 192])
-                images.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
+    for name, picture in pictures.items():
+        height, width, _ = picture.shape
+        for y in range(0, height - 191, 32):
+            for x in range(0, width - 191, 32):
+                crop = Image.fromarray(picture[y : y + 192, x : x + 192])
+                crop = crop.resize((size, size), Image.Resampling.BICUBIC)
+                images.append(np.asarray(crop))
                 names.append(f"{name}-{y}-{x}")
     return names, np.stack(images)
 
@@ -443,18 +563,20 @@ def number(kind, low, high=10**6):
     return parse
 
 
-def run_command(work, stopped):
-    """Run work(), a command line; a failure that its user can meet becomes one line.
+def run_command(command, args, if_stopped):
+    """Run command(args); a failure that its user can meet becomes one line on stderr.
 
-    stopped: the answer to Ctrl-C. Returns the exit status: of work, 1, 2 (usage) or 130 (Ctrl-C).
+    if_stopped: the answer to Ctrl-C. Returns the exit status: the command's, 1, 2 (usage) or 130.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that it cannot show
     try:
-        return work() or 0
+        return command(args) or 0
     except (UsageError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        line, status = f"error: {error}", 2 if isinstance(error, UsageError) else 1
+        line = f"error: {error}"
+        status = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        line, status = f"stopped; {stopped}", 130
+        line = f"stopped; {if_stopped}"
+        status = 130
     say(line, sys.stderr)
     return status

@@ -17,7 +17,7 @@ from data import UsageError
 def double_conv(in_channels, out_channels):
     """Two 3x3 convolutions, each with batch norm and ReLU; H and W are kept."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),  # batch norm has the bias
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),  # batch norm adds one
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
         nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
@@ -42,7 +42,8 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """The generator: lightness in, colour out (Ronneberger et al. 2015, figure 1, padded).
 
-    Beyond the paper: batch norm, tanh, and its input standardized: fading says nothing of colours.
+    Not in the paper: batch norm; tanh; and a standardized input, because the contrast and the
+    brightness of a print say nothing about its colours.
     width: channels of the first block; the others have 2, 4, 8 and 16 times as many.
     """
 
@@ -63,7 +64,7 @@ class UNet(nn.Module):
 
     def forward(self, L):
         """L: (N, 1, H, W), H and W multiples of 16. Returns ab (N, 2, H, W) in [-1, 1]."""
-        L = F.instance_norm(L)                       # c * L + d (c > 0) gives the same ab as L
+        L = F.instance_norm(L)                       # mean 0 and variance 1 in each image
         x1 = self.down1(L)                           # (N, w, H, W)
         x2 = self.down2(self.pool(x1))               # (N, 2w, H/2, W/2)
         x3 = self.down3(self.pool(x2))               # (N, 4w, H/4, W/4)
@@ -76,25 +77,38 @@ class UNet(nn.Module):
         return torch.tanh(self.head(x))              # (N, 2, H, W)
 
 
+def critic_block(in_channels, out_channels, stride):
+    """The layers of a 4x4 convolution, instance norm and leaky ReLU.
+
+    Instance norm where PatchGAN has batch norm: the gradient penalty is a property of single
+    images, and batch norm would couple them (Gulrajani et al. 2017, section 4).
+    """
+    return [
+        nn.Conv2d(in_channels, out_channels, 4, stride, padding=1, bias=False),  # the norm undoes it
+        nn.InstanceNorm2d(out_channels),
+        nn.LeakyReLU(0.2, inplace=True),
+    ]
+
+
 class PatchCritic(nn.Module):
     """The critic: L*a*b* in, a map of scores out, one for each patch (Isola et al. 2018, 6.1.2).
 
     One block of 8 * width channels more than their 70 x 70 PatchGAN: patches of 94 x 94.
-    Instance norm where PatchGAN has batch norm: the gradient penalty is a property of single
-    images, and batch norm would couple them (Gulrajani et al. 2017, section 4).
+    width: channels of the first block.
     """
 
     def __init__(self, width=64):
         super().__init__()
-        channels = [3, width, 2 * width, 4 * width, 8 * width, 8 * width]
-        layers = []
-        for i, stride in enumerate([2, 2, 2, 1, 1]):
-            layers.append(nn.Conv2d(channels[i], channels[i + 1], 4, stride, 1, bias=i == 0))
-            if i > 0:
-                layers.append(nn.InstanceNorm2d(channels[i + 1]))
-            layers.append(nn.LeakyReLU(0.2, inplace=True))
-        layers.append(nn.Conv2d(channels[-1], 1, 4, 1, 1))
-        self.layers = nn.Sequential(*layers)
+        w = width
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, w, 4, stride=2, padding=1),         # (N, w, H/2, W/2)
+            nn.LeakyReLU(0.2, inplace=True),
+            *critic_block(w, 2 * w, stride=2),               # (N, 2w, H/4, W/4)
+            *critic_block(2 * w, 4 * w, stride=2),           # (N, 4w, H/8, W/8)
+            *critic_block(4 * w, 8 * w, stride=1),           # (N, 8w, H/8 - 1, W/8 - 1)
+            *critic_block(8 * w, 8 * w, stride=1),           # (N, 8w, H/8 - 2, W/8 - 2)
+            nn.Conv2d(8 * w, 1, 4, stride=1, padding=1),     # (N, 1, H/8 - 3, W/8 - 3)
+        )
         self.apply(init_normal)
 
     def forward(self, lab):
@@ -111,14 +125,15 @@ def init_normal(module):
 
 
 @contextmanager
-def fitting(path):
+def loading(path):
     """UsageError for all that a checkpoint can raise: missing, damaged, or made by other code."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
     except Exception as error:  # a damaged file can raise anything
-        said = " ".join(str(error).split()).split(". ")[0][:150]
-        reason = getattr(error, "strerror", None) or f"other kind, other code, or damaged ({said})"
-        raise UsageError(f"{path}: {reason}") from error
+        said = " ".join(str(error).split()).split(". ")[0][:150]  # torch's first sentence
+        raise UsageError(f"{path}: other kind, other code, or damaged ({said})") from error
 
 
 def load_generator(path, device):
@@ -128,13 +143,10 @@ def load_generator(path, device):
     network's pictures), history (a dict of options and epoch for each run that led to it, its own
     the last) and test_means (of Photos). Raises UsageError for a file that is no such checkpoint.
     """
-    with fitting(path):
+    with loading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from it
-        state, width = checkpoint["generator"], checkpoint["history"][-1]["width"]
-        with torch.device("meta"):  # shapes first: a damaged width costs no memory
-            UNet(width).load_state_dict(state, assign=True)
-        generator = UNet(width)
-        generator.load_state_dict(state)
+        generator = UNet(checkpoint["history"][-1]["width"])
+        generator.load_state_dict(checkpoint["generator"])
         info = {name: checkpoint[name] for name in ("size", "history", "test_means")}
     return to_device(generator, device).eval().requires_grad_(False), info
 

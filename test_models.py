@@ -380,7 +380,7 @@ def test_a_scaled_loss_leaves_the_true_gradient_and_an_overflow_no_step():
     optimizer, scaler = torch.optim.SGD(network.parameters(), lr=1.0), torch.amp.GradScaler("cpu")
     for factor, expected in ((1, x.sum(0)), (1, x.sum(0)), (math.inf, torch.zeros(3))):
         before = network.weight.detach().clone()
-        train.step(network, optimizer, network(x).sum() * factor, scaler)
+        train.update(network, optimizer, network(x).sum() * factor, scaler)
         assert torch.allclose(before - network.weight, expected, atol=1e-5)  # float32
     assert scaler.get_scale() == 2**15  # half of what it begins with
 
@@ -410,8 +410,10 @@ def test_ema_warms_up_and_averages_batch_norm_too():
 
 def test_learning_rate_and_adam(run):
     args = train.parse_args(["--pretrain-epochs", "10", "--pretrain-lr", "0.5", "--lr", "0.1"])
-    defaults = [*vars(train.parse_args([])).values()][1:14]
-    assert defaults == [128, 64, 32, 100, 110, 1, 2, 1000, 10, 1e-3, 1e-4, 0.5, 0.999]
+    published = {"size": 128, "width": 64, "batch_size": 32, "pretrain_epochs": 100, "epochs": 110,
+                 "critic_steps": 1, "generator_steps": 2, "lambda_l1": 1000, "lambda_gp": 10,
+                 "pretrain_lr": 1e-3, "lr": 1e-4, "aged": 0.5, "ema": 0.999}
+    assert published.items() <= vars(train.parse_args([])).items()
     rates = [train.learning_rate(args, epoch) for epoch in (0, 0.5, 1, 5.5, 9.9999, 10, 50)]
     assert rates == pytest.approx([0, 0.25, 0.5, 0.25, 0, 0.1, 0.1], abs=1e-6)
     assert run.optimizer_g.defaults["betas"] == run.optimizer_c.defaults["betas"] == (0.5, 0.9)
@@ -472,7 +474,8 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeyp
     out = capsys.readouterr().out
     assert Path("out/test.txt").read_text() == out
     assert "a.pt: epoch 3\na.pt: width 4\nb.pt: epoch 3\nb.pt: width 4\nwarning: b.pt was" in out
-    table = {row[0]: row[1:] for row in (line.rsplit(maxsplit=5) for line in out.splitlines())}
+    *lines, real = out.splitlines()
+    table = {row[0]: row[1:] for row in (line.rsplit(maxsplit=5) for line in lines)}
     pictures = {name: (lab2rgb(to_numpy(data.denormalize(L, x.detach()))) * 255).round().astype(
         np.uint8) for name, x in colours.items()}  # all with the photograph's own L
     psnr = {name: np.array([*map(peak_signal_noise_ratio, pictures["real"], picture)]).clip(0, 100)
@@ -482,6 +485,9 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeyp
         pairs = zip(pictures["real"], picture)
         ssim = np.mean([structural_similarity(*pair, channel_axis=2) for pair in pairs])
         colour = train.colourfulness(torch.from_numpy(picture).permute(0, 3, 1, 2)).mean().item()
+        if name == "real":
+            assert real.split() == ["real", f"{colour:.1f}"]
+            continue
         worse = 100 * (psnr[name] < psnr["no colour"]).mean()
         mix = 100 * (count(picture) - count(pictures["real"])).total() / ab[:, 0].numel()
         expected = psnr[name].mean(), ssim, colour, mix, worse
@@ -511,9 +517,9 @@ def test_training_learns_and_reports(capsys, monkeypatch):
     photos, last, ema = data.Photos("photos", 32), torch.load("runs/last.pt"), models.UNet(8).eval()
     ema.load_state_dict(last["ema"])  # the moving average is what counts
     for name, share in (("val_psnr", 0.0), ("val_aged_psnr", 1.0)):
-        psnr = train.evaluate(lambda L, ab: ema(L), photos, photos.val, aged=share)["psnr"].mean()
+        psnr = train.measure(ema, photos, photos.val, aged=share)["psnr"].mean()
         assert float(rows[8][name]) == pytest.approx(psnr.item(), abs=1e-3)
-    train.save_picture([ema], photos, photos.val[:8], Path("expected.png"))
+    train.draw([ema], photos, photos.val[:8], Path("expected.png"))
     assert np.abs(pixels("runs/epoch-0009.png") - pixels("expected.png")).max() <= 1
     half = {k: v.half() if v.ndim > 1 else v for k, v in last["ema"].items()}
     assert_identical(torch.load("runs/g.pt")["generator"], half)
@@ -534,32 +540,22 @@ def test_resume_refuses_other_options_and_other_photographs(refused):
                    "--critic-steps 2", "--generator-steps 1", "--lambda-l1 10.0", "--lr 0.1",
                    "--lambda-gp 1.0", "--pretrain-lr 0.1", "--aged 0.1", "--ema 0.5", "--amp bf16"):
         refused(train_py, f"{command} {option}", option, "the run in runs has")
-    last = torch.load("runs/last.pt")
-    del last["options"]["aged"]  # an option that the saved run does not know has its default
-    torch.save(last, "runs/last.pt")
-    refused(train_py, f"{command} --aged 0.3", "--aged 0.3", "has 0.5")
     assert train_py(f"{command} --data there --sample-every 1 --device auto --amp off") == 0
     photo(seed=77).save("there/a/00.png")
     data.Photos("there", 32)  # into the cache, which is no damage
     refused(train_py, f"{command} --epochs 2 --data there", "--data there: not the images")
 
 
-def test_neither_divergence_nor_a_second_process_spoils_a_run(run, refused):
-    photos, run.args.lr, run.args.out = data.Photos(make_photos("photos"), 32), 1e6, Path("runs")
+def test_divergence_does_not_spoil_a_run(run, refused):
+    make_photos("photos")
     command = f"{PRE} --lambda-gp 2 --lambda-l1 3 --lr 1e6"  # weights that float16 cannot hold
     Path("runs").mkdir()  # empty, as Ctrl-C before the first save leaves it
     assert train_py(command) == 0
     refused(train_py, command, "--out runs: is there already", "--resume")
     refused(train_py, f"{command} --epochs 1 --resume", "epoch 2 diverged", "lower --lr", status=1)
-    run.load(Path("runs/last.pt"))
     run.critic.layers[0].weight.data.fill_(1e5)  # beyond float16, the critic's too
     with pytest.raises(FloatingPointError):
         run.check_finite({}, 1)
-    os.utime("runs/last.pt", (1, 1))  # another process has saved meanwhile
-    before = tree()
-    with pytest.raises(data.UsageError, match="--out runs: another process trains there"):
-        run.save(photos)
-    assert tree() == before
 
 
 @pytest.mark.parametrize("epochs", ["--epochs 0", "--pretrain-epochs 0 --epochs 1"])
@@ -593,20 +589,17 @@ def test_layers_of_ones_own_train_and_load(monkeypatch):
     assert generator.strength == 0.5 and not generator.training and info["size"] == 32
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "code", "other", "changed", "wide"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "code", "other", "changed"])
 def test_bad_checkpoints_are_one_line_and_run_no_code(kind, refused):
     state, path = models.UNet(4).state_dict(), Path("runs/last.pt")
     content = {"generator": state, "size": 32, "history": [{"width": 4}], "test_means": [0.0]}
-    content |= {"changed": {"generator": {}}, "wide": {"history": [{"width": 5000}]},
-                "code": {"size": Path()}}.get(kind, {})
+    content |= {"changed": {"generator": {}}, "code": {"size": Path()}}.get(kind, {})
     path.parent.mkdir()
     torch.save([] if kind == "other" else content, path)
     path.write_bytes(path.read_bytes()[: {"cut": -200, "empty": 0}.get(kind)])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for option in ("--eval runs/last.pt", "--out new --init runs/last.pt", "--resume"):
         refused(train_py, f"{TINY} {option}", "runs/last.pt: ", "Weights only" * (kind == "code"))
     refused(train_py, "--eval runs/none.pt", "runs/none.pt: No such file")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
 # --- Sampling ------------------------------------------------------------------------------------
@@ -902,7 +895,7 @@ def test_every_kind_of_picture_is_read_right_and_keeps_its_lightness(name, sampl
     assert result.has_transparency_data == bool(alpha)
     assert not alpha or np.array_equal(result.convert("RGBA").getchannel("A"), *alpha)
     small = read.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)  # training sees it so
-    assert np.array_equal(data.decode(Path(name), 16), small)
+    assert np.array_equal(data.decode(Path(), 16, name), small)
 
 
 RAMP = np.linspace(-3, 9, 50 * 37, dtype=np.float32).reshape(37, 50)
@@ -933,7 +926,7 @@ def test_a_picture_that_would_come_out_wrong_is_refused_by_name(name, sample_py,
     assert sample_py(f"{name} out") == 1 and tree() == before
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{name}: not colorized: ") and said in line
-    assert "alpha" in name or not data.decode(Path(name), 16).any()  # nor trained on
+    assert "alpha" in name or not data.decode(Path(), 16, name).any()  # nor trained on
 
 
 @pytest.mark.parametrize("suffix, options", [

@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from skimage.metrics import structural_similarity
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import save_image
 
 from data import (
     DEFAULT_DATA, Parser, Photos, UsageError, denormalize, lab_to_rgb, live, number, replacing,
     rgb_to_lab, run_command, say)
-from models import PatchCritic, UNet, fitting, load_generator, pick_device, to_device
+from models import PatchCritic, UNet, load_generator, loading, pick_device, to_device
 
-SAVE_SECONDS = 30  # at least, between two saves: one writes 642 MB at width 64
-MAY_DIFFER = {  # from the run that --resume goes on with
-    "data", "device", "epochs", "eval", "init", "out", "resume", "sample_every"}
+# A save writes 642 MB at width 64, so that short epochs should not each end in one.
+SAVE_SECONDS = 30
 
 
 # --- METHOD: losses ------------------------------------------------------------------------------
@@ -38,8 +38,8 @@ MAY_DIFFER = {  # from the run that --resume goes on with
 def score(critic, L, ab):
     """One score an image, (N,): the mean of the critic's map.
 
-    L: (N, 1, H, W), ab: (N, 2, H, W), both in [-1, 1]. The same definition in the losses and in
-    the penalty, since the mean's gradient is smaller than the sum's by the size of the map.
+    L: (N, 1, H, W), ab: (N, 2, H, W), both in [-1, 1]. The losses and the penalty must use the same
+    mean: a sum would have a gradient as many times larger as the map has patches.
     """
     return critic(torch.cat([L, ab], 1)).float().mean((1, 2, 3))
 
@@ -63,19 +63,19 @@ def critic_loss(real_score, fake_score):
 def gradient_penalty(critic, L, real_ab, fake_ab):
     """E[(||d score / d ab|| - 1)^2] between real and colorized (Gulrajani et al. 2017, eq. 3).
 
-    L: (N, 1, H, W); real_ab, fake_ab: (N, 2, H, W). One random mix an image; the L2 norm is over
-    the image's whole gradient. L is the condition, the same in both, so the line between a real and
-    a colorized picture varies in ab alone, and the gradient is taken there.
-    Outside autocast: a second-order gradient loses too much in 16 bits. (Newer GPUs round what
-    float32 convolutions read to TF32: float16's 10 bits, but float32's range.)
+    L: (N, 1, H, W); real_ab, fake_ab: (N, 2, H, W). Each image is mixed of its real and its
+    colorized version in a random proportion, and the norm is over all of the image's gradient. Both
+    versions share L, so the line between them runs in ab alone, and the gradient is taken there.
     """
+    # Outside autocast: 16 bits lose too much of a gradient of a gradient.
     with torch.autocast(L.device.type, enabled=False):
         epsilon = torch.rand(len(L), 1, 1, 1, device=L.device)
         mixed = torch.lerp(fake_ab.float(), real_ab, epsilon).requires_grad_()
-        # Images do not meet in the critic: the sum's gradient holds that of each one's own score.
+        # An image's score depends on that image alone (instance norm), so the gradient of the sum
+        # over the batch holds, image by image, the gradient of each one's own score.
         total = score(critic, L, mixed).sum()
         (gradient,) = torch.autograd.grad(total, mixed, create_graph=True)
-        # vector_norm's gradient at 0 is 0, where that of sqrt(sum(g ** 2)) is NaN.
+        # vector_norm, since its gradient at 0 is 0, where that of sqrt(sum(g ** 2)) is NaN.
         norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         return ((norm - 1) ** 2).mean()
 
@@ -86,7 +86,7 @@ def pretrain_step(run, L, ab):
     """One L1 step of the generator. Returns its terms."""
     with run.autocast():
         l1 = F.l1_loss(run.generator(L), ab)
-    step(run.generator, run.optimizer_g, l1, run.scaler)
+    update(run.generator, run.optimizer_g, l1, run.scaler)
     return {"l1": l1.detach()}
 
 
@@ -95,29 +95,42 @@ def adversarial_step(run, L, ab):
     args = run.args
     with run.autocast():
         fake_ab = run.generator(L)
+
+    # The critic learns to tell them apart. Detached: its step must not reach the generator.
+    fixed_ab = fake_ab.detach()
     for _ in range(args.critic_steps):
         with run.autocast():
-            # Detached: the critic's step must not reach the generator.
-            gap = critic_loss(score(run.critic, L, ab), score(run.critic, L, fake_ab.detach()))
-        penalty = gradient_penalty(run.critic, L, ab, fake_ab.detach())
-        # One backward for both: the penalty alone leaves the last bias without a gradient.
-        step(run.critic, run.optimizer_c, gap + args.lambda_gp * penalty, run.scaler)
+            loss_c = critic_loss(score(run.critic, L, ab), score(run.critic, L, fixed_ab))
+        penalty = gradient_penalty(run.critic, L, ab, fixed_ab)
+        # One backward for both: the penalty alone would leave the last bias without a gradient.
+        update(run.critic, run.optimizer_c, loss_c + args.lambda_gp * penalty, run.scaler)
 
-    run.critic.requires_grad_(False)  # spares gradients that nobody reads
+    # The generator learns to please it. The critic, held fixed, spares gradients nobody reads. The
+    # first step goes on with the colours from above: the generator has not changed since.
+    run.critic.requires_grad_(False)
     for i in range(args.generator_steps):
         with run.autocast():
-            if i > 0:  # the first reuses that from above and its graph: generator unchanged
+            if i > 0:
                 fake_ab = run.generator(L)
-            l1, fake_score = F.l1_loss(fake_ab, ab), score(run.critic, L, fake_ab)
-            loss = generator_loss(l1, fake_score, args.lambda_l1)
-        step(run.generator, run.optimizer_g, loss, run.scaler)
+            l1 = F.l1_loss(fake_ab, ab)
+            fake_score = score(run.critic, L, fake_ab)
+            loss_g = generator_loss(l1, fake_score, args.lambda_l1)
+        update(run.generator, run.optimizer_g, loss_g, run.scaler)
     run.critic.requires_grad_(True)
-    terms = {"l1": l1, "adversarial": -fake_score.mean(), "wasserstein": -gap, "penalty": penalty}
-    return {name: term.detach() for name, term in terms.items()}
+
+    return {
+        "l1": l1.detach(),
+        "adversarial": -fake_score.detach().mean(),
+        "wasserstein": -loss_c.detach(),
+        "penalty": penalty.detach(),
+    }
 
 
-def step(network, optimizer, loss, scaler):
-    """Update one network by one loss. The scaler, enabled for float16 alone, skips overflows."""
+def update(network, optimizer, loss, scaler):
+    """Step one network down the gradient of a loss.
+
+    The scaler, which is enabled for float16 alone, leaves out the step where that overflows.
+    """
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     average([p.grad for p in network.parameters()])
@@ -126,92 +139,118 @@ def step(network, optimizer, loss, scaler):
 
 
 def average(tensors):
-    """Average a list of tensors, in place, over the processes of torchrun."""
-    if dist.is_initialized():  # DistributedDataParallel does not support autograd.grad
-        flat = torch.cat([tensor.flatten() for tensor in tensors])  # one call: in each, all wait
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor) / dist.get_world_size())
+    """Average a list of tensors, in place, over the processes of torchrun.
+
+    By hand: DistributedDataParallel does not support autograd.grad, which the penalty needs.
+    """
+    if not dist.is_initialized():
+        return
+    # In each call to all_reduce all processes wait for each other: let one call do.
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, mean in zip(tensors, flat.split(sizes)):
+        tensor.copy_(mean.view_as(tensor))
 
 
-@torch.no_grad()
 def update_ema(ema, generator, updates, decay):
-    """Move ema, batch-norm statistics included, towards generator. updates: how many came before.
+    """Move ema, batch-norm statistics included, towards generator, in place.
 
-    The decay warms up in every run (TensorFlow's way): a short one must forget its first weights.
+    updates: how many came before. The decay warms up (TensorFlow's way), so that a short run forgets its first weights, too.
     """
     decay = min(decay, (1 + updates) / (10 + updates))
-    for mean, value in zip(ema.state_dict().values(), generator.state_dict().values()):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
+    averages = floating_point(ema.state_dict())
+    values = floating_point(generator.state_dict())
+    get_ema_multi_avg_fn(decay)(averages, values, None)
+
+
+def floating_point(state):
+    """The tensors of a state_dict that can be averaged: all but counters."""
+    return [tensor for tensor in state.values() if tensor.is_floating_point()]
 
 
 def learning_rate(args, epoch):
-    """Learning rate at a time counted in epochs, fractions included.
-
-    Pre-training: a warm-up over its first tenth, then a half cosine to 0 (Loshchilov and Hutter
-    2017). Adversarial phase: constant, so that a longer run is the same run, gone on.
-    """
+    """Learning rate at a time counted in epochs, fractions included."""
+    # 1) adversarial phase: constant, so that a longer run is the same run, gone on
     if epoch >= args.pretrain_epochs:
         return args.lr
+    # 2) the first tenth of pre-training: linear warm-up
     done = epoch / args.pretrain_epochs
-    return args.pretrain_lr * min(done / 0.1, 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
+    if done < 0.1:
+        return args.pretrain_lr * done / 0.1
+    # 3) the rest of it: half a cosine, down to 0 (Loshchilov and Hutter 2017)
+    return args.pretrain_lr * (0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
 
 
 # --- METHOD: the loop ----------------------------------------------------------------------------
 
 def train(run, photos, rank):
     """Train to the last epoch; the process of rank 0 evaluates, logs, draws and saves."""
-    args, total = run.args, run.args.pretrain_epochs + run.args.epochs
-    batch, steps = args.batch_size, len(photos.train) // args.batch_size
+    args = run.args
+    total = args.pretrain_epochs + args.epochs
+    steps = len(photos.train) // args.batch_size
     for epoch in range(run.epoch, total):
-        # All that is random follows from (seed, epoch): --resume needs no random state.
-        rng = np.random.default_rng([args.seed, epoch])  # the same on all processes
-        rows = photos.train[rng.permutation(len(photos.train))]
-        torch.manual_seed(int(rng.integers(2**32)) + rank)  # crops, ageing, mixes: each its own
-        terms, start = [], time.perf_counter()
+        # All that is random follows from (seed, epoch), so --resume needs no random state: the
+        # order, the same on all processes, and the crops, ageing and mixes, of each its own.
+        rng = np.random.default_rng([args.seed, epoch])
+        batches = photos.train[rng.permutation(len(photos.train))].split(args.batch_size)
+        torch.manual_seed(int(rng.integers(2**32)) + rank)
+
+        terms = []
+        began = time.perf_counter()
         for i in range(steps):
-            for optimizer in (run.optimizer_g, run.optimizer_c):
-                optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (i + 0.5) / steps)
-            chosen = rows[i * batch : (i + 1) * batch][rank :: args.processes]  # its share
-            L, ab = photos.batch(chosen, crop=True, aged=args.aged)
+            # The rate is that of the step's middle.
+            lr = learning_rate(args, epoch + (i + 0.5) / steps)
+            run.optimizer_g.param_groups[0]["lr"] = lr
+            run.optimizer_c.param_groups[0]["lr"] = lr
+
+            # Every process takes its share of the batch.
+            rows = batches[i][rank :: args.processes]
+            L, ab = photos.batch(rows, crop=True, aged=args.aged)
             if epoch < args.pretrain_epochs:
-                terms.append(pretrain_step(run, L, ab))  # left on the device: reading it would wait
+                terms.append(pretrain_step(run, L, ab))
             else:
                 terms.append(adversarial_step(run, L, ab))
             update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
-            if rank == 0:
-                rate = (i + 1) * batch / (time.perf_counter() - start)
-                live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {rate:.0f} images/s, "
-                     f"{(steps - i - 1) * batch / rate:.0f} s left in it")
 
-        means = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
+            if rank == 0:
+                speed = (i + 1) * args.batch_size / (time.perf_counter() - began)
+                left = (steps - i - 1) * args.batch_size / speed
+                live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {speed:.0f} images/s, "
+                     f"{left:.0f} s left in it")
+
+        # The terms stay on the device until here, so that it need not wait for this process.
+        means = {}
+        for name in terms[0]:
+            means[name] = torch.stack([term[name] for term in terms]).mean()
         average(list(means.values()))
-        means = {name: mean.item() for name, mean in means.items()}  # waits for the device
+        means = {name: mean.item() for name, mean in means.items()}
+        speed = steps * args.batch_size / (time.perf_counter() - began)
         run.check_finite(means, epoch)
+
         run.epoch = epoch + 1
         if rank == 0:
-            log_epoch(run, photos, means, steps * batch / (time.perf_counter() - start))
-            if run.epoch % args.sample_every == 0 or run.epoch == total:
-                path = args.out / f"epoch-{run.epoch:04}.png"
-                save_picture([run.ema], photos, photos.val[:8], path)
-            if run.epoch == total or time.monotonic() - run.saved >= SAVE_SECONDS:
+            log_epoch(run, photos, means, speed)
+            last = run.epoch == total
+            if last or run.epoch % args.sample_every == 0:
+                draw([run.ema], photos, photos.val[:8], args.out / f"epoch-{run.epoch:04}.png")
+            if last or time.monotonic() - run.saved >= SAVE_SECONDS:
                 run.save(photos)
 
 
-def log_epoch(run, photos, means, rate):
+def log_epoch(run, photos, means, speed):
     """Evaluate the validation part, clean and aged; log and print it with the epoch's means."""
-    predict = lambda L, ab: run.ema(L)
-    figures = evaluate(predict, photos, photos.val)
-    figures["aged_psnr"] = evaluate(predict, photos, photos.val, aged=1.0)["psnr"]
-    val = {f"val_{name}": values.mean().item() for name, values in figures.items()}
+    figures = measure(run.ema, photos, photos.val)
+    figures["aged_psnr"] = measure(run.ema, photos, photos.val, aged=1.0)["psnr"]
+    val = {f"val_{name}": figure.mean().item() for name, figure in figures.items()}
     phase = "pretrain" if run.epoch <= run.args.pretrain_epochs else "wgan-gp"
     terms = dict.fromkeys(("l1", "adversarial", "wasserstein", "penalty")) | means
-    run.log.append({"epoch": run.epoch, "phase": phase} | terms | val | {"images_per_s": rate})
+    run.log.append({"epoch": run.epoch, "phase": phase, **terms, **val, "images_per_s": speed})
     losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
     say(f"epoch {run.epoch} {phase}  {losses}  val {val['val_psnr']:.2f} dB, aged "
         f"{val['val_aged_psnr']:.2f} dB, colourfulness {val['val_colourfulness']:.1f}  "
-        f"{rate:.1f} images/s")
+        f"{speed:.1f} images/s")
 
 
 # --- HOUSEKEEPING: evaluation --------------------------------------------------------------------
@@ -221,21 +260,39 @@ def to_uint8(L, ab):
     return (lab_to_rgb(denormalize(L, ab)) * 255).round().byte()
 
 
+def psnr(fake, real):
+    """Peak signal-to-noise ratio in dB, at most 100. (N, 3, H, W) uint8, both; returns (N,)."""
+    difference = fake.float() - real.float()
+    error = difference.square().mean((1, 2, 3))
+    return (10 * torch.log10(255**2 / error)).clamp_max(100)
+
+
+def ssim(fake, real):
+    """Likeness of structure, by scikit-image. (N, 3, H, W) uint8, both; returns (N,)."""
+    pairs = zip(fake.cpu().numpy(), real.cpu().numpy())
+    return torch.tensor([structural_similarity(*pair, channel_axis=0) for pair in pairs])
+
+
 def colourfulness(images):
     """Colourfulness of pictures (N, 3, H, W) uint8: Hasler and Suesstrunk 2003, section 5.
 
     Returns (N,): 0 is grey, 109 extremely colourful.
     """
     r, g, b = images.float().flatten(2).unbind(1)
-    rg, yb = r - g, (r + g) / 2 - b
-    return torch.hypot(rg.std(1), yb.std(1)) + 0.3 * torch.hypot(rg.mean(1), yb.mean(1))
+    rg = r - g
+    yb = (r + g) / 2 - b
+    deviation = torch.hypot(rg.std(1), yb.std(1))
+    mean = torch.hypot(rg.mean(1), yb.mean(1))
+    return deviation + 0.3 * mean
 
 
 def ab_histogram(images):
-    """Share of pixels in cells of 10 x 10 of a, b: (N, 3, H, W) uint8 to (N, 23 * 23), a first."""
-    a, b = (rgb_to_lab(images / 255)[:, 1:] / 10 + 11).round().long().flatten(2).unbind(1)
-    share = torch.full(a.shape, 1 / a.shape[1], device=images.device)
-    return torch.zeros(len(a), 529, device=images.device).scatter_add(1, 23 * a + b, share)
+    """Share of each image's pixels in cells of 10 x 10 of a, b: (N, 3, H, W) uint8 to (N, 529)."""
+    ab = rgb_to_lab(images / 255)[:, 1:]
+    a, b = (ab / 10 + 11).round().long().flatten(2).unbind(1)  # -110 to 110 become 0 to 22
+    share = torch.full(a.shape, 1 / a.shape[1], device=images.device)  # of one pixel
+    histogram = torch.zeros(len(a), 23 * 23, device=images.device)
+    return histogram.scatter_add(1, 23 * a + b, share)
 
 
 def chunks(photos, rows):
@@ -244,33 +301,39 @@ def chunks(photos, rows):
 
 
 @torch.no_grad()
-def evaluate(predict, photos, rows, full=False, aged=0.0):
-    """Figures of every image: PSNR (dB, 8-bit RGB), colourfulness; full: SSIM and excess.
+def measure(predict, photos, rows, aged=0.0, full=False):
+    """Figures of every image: a dict of tensors, a row an image.
 
-    predict: from L (N, 1, H, W) and the real ab (N, 2, H, W) to the ab that is judged. aged: the
-    share of images that predict sees aged (on one kind of device always in the same way); its
-    colours are joined with the photograph's own L. Returns a dict of tensors, a row an image: PSNR
-    up to 100; excess: each cell's share of pixels (ab_histogram) minus the photograph's.
+    predict: a generator, or what takes L (N, 1, H, W) and returns ab (N, 2, H, W) like one.
+    aged: the share of images that predict sees aged (on one kind of device always in the same way);
+    its colours are joined with the photograph's own L. full: also SSIM, the photograph's
+    colourfulness, and excess, each cell's share of pixels (ab_histogram) minus the photograph's.
     """
-    figures = []
-    torch.manual_seed(0)  # of ageing; train seeds each epoch
+    # The ageing is the same every time; train() seeds each epoch anew.
+    torch.manual_seed(0)
+    parts = []
     for chunk in chunks(photos, rows):
         L, ab = photos.batch(chunk)
-        seen = photos.batch(chunk, aged=aged)[0] if aged else L
-        fake, real = to_uint8(L, predict(seen, ab)), to_uint8(L, ab)
-        error = (fake.float() - real.float()).square().mean((1, 2, 3))
-        figures.append({"psnr": (10 * torch.log10(255**2 / error)).clamp_max(100),
-                        "colourfulness": colourfulness(fake)})
+        seen = L
+        if aged:
+            seen, _ = photos.batch(chunk, aged=aged)
+        fake = to_uint8(L, predict(seen))
+        real = to_uint8(L, ab)
+        figures = {"psnr": psnr(fake, real), "colourfulness": colourfulness(fake)}
         if full:
-            figures[-1]["excess"] = ab_histogram(fake) - ab_histogram(real)
-            pairs = zip(fake.cpu().numpy(), real.cpu().numpy())
-            figures[-1]["ssim"] = torch.tensor(
-                [structural_similarity(*pair, channel_axis=0) for pair in pairs])
-    return {name: torch.cat([part[name] for part in figures]).cpu() for name in figures[0]}
+            figures["ssim"] = ssim(fake, real)
+            figures["real_colourfulness"] = colourfulness(real)
+            figures["excess"] = ab_histogram(fake) - ab_histogram(real)
+        parts.append(figures)
+
+    joined = {}
+    for name in parts[0]:
+        joined[name] = torch.cat([part[name] for part in parts]).cpu()
+    return joined
 
 
 @torch.no_grad()
-def save_picture(generators, photos, rows, path):
+def draw(generators, photos, rows, path):
     """Draw the images of these rows below each other: grey, colorized by each, and real."""
     L, ab = photos.batch(rows)
     colours = [torch.zeros_like(ab), *(generator(L) for generator in generators), ab]
@@ -279,55 +342,70 @@ def save_picture(generators, photos, rows, path):
         save_image(images, part, nrow=len(rows), format="png")
 
 
-def report(paths, args, device, photos=None):
-    """Print the table of generators on the test part; keep it, and eight pictures, in --out if any.
+def report(generators, photos, out=None):
+    """Print the table of generators on the test part; keep it, and eight pictures, in out if given.
 
-    paths: of g.pt files; photos: what they were trained on, if at hand; else --data is read.
+    generators: a dict {name: (generator, info)}, as load_generator returns them.
     """
-    loaded = [(str(path), *load_generator(path, device)) for path in paths]
-    sizes = sorted({info["size"] for _, _, info in loaded})
-    if len(sizes) > 1:
-        raise UsageError(f"--eval: generators of the sizes {sizes}; evaluate each by itself")
-    photos = photos or Photos(args.data, sizes[0], device)
-    lines = [line for name, _, info in loaded for line in describe(name, info, photos)]
+    rows = [("no colour", no_colour, 0.0)]
+    rows.append(("mean colour of the training part", mean_colour(photos), 0.0))
+    lines = []
+    for name, (generator, info) in generators.items():
+        rows.append((name, generator, 0.0))
+        rows.append((f"{name}, aged photographs", generator, 1.0))
+        lines += describe(name, info, photos)
 
-    means = [photos.batch(part)[1].mean((2, 3)) for part in chunks(photos, photos.train)]
-    mean_ab = torch.cat(means).mean(0)[:, None, None]
-    table = [("no colour", lambda L, ab: torch.zeros_like(ab), 0.0),
-             ("mean colour of the training part", lambda L, ab: mean_ab.expand_as(ab), 0.0)]
-    for name, generator, _ in loaded:
-        predict = lambda L, ab, generator=generator: generator(L)
-        table += [(name, predict, 0.0), (f"{name}, aged photographs", predict, 1.0)]
-    table.append(("real", lambda L, ab: ab, 0.0))
-    column = max(len(name) for name, _, _ in table) + 2
-    title = f"{len(photos.test)} test images at {sizes[0]} x {sizes[0]}"
+    column = max(len(name) for name, _, _ in rows) + 2
+    title = f"{len(photos.test)} test images at {photos.size} x {photos.size}"
     lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  mix error  worse than no colour")
-    grey = evaluate(table[0][1], photos, photos.test)["psnr"]
-    for name, predict, aged in table:
+    grey = measure(no_colour, photos, photos.test)["psnr"]
+    for name, predict, aged in rows:
         live(f"evaluating: {name}")
-        figures = evaluate(predict, photos, photos.test, full=True, aged=aged)
-        psnr, ssim, colour = (figures[key].mean() for key in ("psnr", "ssim", "colourfulness"))
+        figures = measure(predict, photos, photos.test, aged=aged, full=True)
+        mean = {key: figure.mean().item() for key, figure in figures.items()}
+        # The total variation distance of the two histograms of all pixels.
+        mix_error = figures["excess"].mean(0).clamp_min(0).sum()
         worse = (figures["psnr"] < grey).float().mean()
-        mix = figures["excess"].mean(0).clamp_min(0).sum()  # total variation distance
-        lines.append(f"{name:{column}} {psnr:7.2f}  {ssim:.3f}  {colour:13.1f}  {mix:9.0%}  "
-                     f"{worse:20.0%}")
+        lines.append(f"{name:{column}} {mean['psnr']:7.2f}  {mean['ssim']:.3f}  "
+                     f"{mean['colourfulness']:13.1f}  {mix_error:9.0%}  {worse:20.0%}")
+    lines.append(f"{'real':{column}} {mean['real_colourfulness']:29.1f}")
+
     for line in lines:
         say(line)
-    if args.out:
-        with replacing(args.out / "test.txt") as part:
+    if out:
+        with replacing(out / "test.txt") as part:
             part.write_text("\n".join(lines) + "\n", errors="backslashreplace")
-        save_picture([generator for _, generator, _ in loaded], photos, photos.test[:8],
-                     args.out / "test.png")
+        networks = [generator for generator, _ in generators.values()]
+        draw(networks, photos, photos.test[:8], out / "test.png")
 
 
 def describe(name, info, photos):
     """Lines on a generator: the options of each run that led to it; whether photos are its own."""
     for options in info["history"]:
         yield f"{name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
-    ours, theirs = torch.tensor(photos.test_means), torch.tensor(info["test_means"])
-    if ours.shape != theirs.shape or (ours - theirs).abs().mean() >= 2:  # of 255
+    if not same_test_part(info["test_means"], photos.test_means):
         yield (f"warning: {name} was made with other images: those it was trained on may be among "
                "the ones tested here")
+
+
+def no_colour(L):
+    """A generator of grey pictures: ab = 0, (N, 2, H, W) for L (N, 1, H, W)."""
+    return torch.zeros_like(L).expand(-1, 2, -1, -1)
+
+
+def mean_colour(photos):
+    """A generator that answers with the mean ab of the training part, whatever it sees."""
+    means = []
+    for part in chunks(photos, photos.train):
+        _, ab = photos.batch(part)
+        means.append(ab.mean((2, 3)))
+    mean_ab = torch.cat(means).mean(0).view(1, 2, 1, 1)
+    return lambda L: no_colour(L) + mean_ab
+
+
+def same_test_part(ours, theirs):
+    """Whether two lists of mean levels (0 to 255) are of the same images, however read."""
+    return len(ours) == len(theirs) and np.abs(np.subtract(ours, theirs)).mean() < 2
 
 
 # --- HOUSEKEEPING: the state of a run, and its checkpoints ---------------------------------------
@@ -336,9 +414,11 @@ class Run:
     """All that training changes: networks, optimizers, moving average, scaler, epoch and log."""
 
     STATEFUL = ("generator", "critic", "ema", "optimizer_g", "optimizer_c", "scaler")
+    MAY_DIFFER = ("data", "device", "epochs", "eval", "init", "out", "resume", "sample_every")
 
     def __init__(self, args, device):
-        self.args, self.device = args, device
+        self.args = args
+        self.device = device
         torch.manual_seed(args.seed)
         self.generator = to_device(UNet(args.width), device)
         self.critic = to_device(PatchCritic(args.width), device)
@@ -346,18 +426,24 @@ class Run:
         # beta1 is pix2pix's, beta2 WGAN-GP's, whose beta1 is 0.
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), betas=(0.5, 0.9))
         self.optimizer_c = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9))
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.epoch, self.log, self.history = 0, [], []  # history: of the runs it began from
-        self.contents = None  # the digest of the photographs, of a resumed run
-        self.saved, self.written = -math.inf, 0.0  # of the last save: our clock, last.pt's mtime
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.epoch = 0  # epochs done
+        self.log = []  # a row for each of them
+        self.history = []  # the options of the runs that --init began from
+        self.contents = None  # the digest of a resumed run's photographs
+        self.saved = -math.inf  # when, by time.monotonic
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        """The context of --amp, in which convolutions compute with 16 bits."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def options(self):
-        """The options that the result depends on and --resume must repeat, as plain types."""
-        return {name: value for name, value in vars(self.args).items() if name not in MAY_DIFFER}
+        """The options that the result depends on: --resume must repeat them."""
+        options = dict(vars(self.args))
+        for name in self.MAY_DIFFER:
+            del options[name]
+        return options
 
     def start_from(self, path):
         """Begin with the generator of another run's g.pt. Raises UsageError for another width."""
@@ -365,56 +451,62 @@ class Run:
         width = info["history"][-1]["width"]
         if self.args.width != width:
             raise UsageError(f"--width {self.args.width}: --init {path} has {width}; take that")
-        for network in (self.generator, self.ema):
-            network.load_state_dict(generator.state_dict())
+        self.generator.load_state_dict(generator.state_dict())
+        self.ema.load_state_dict(generator.state_dict())
         self.history = info["history"]
 
     def check_finite(self, means, epoch):
         """Raise FloatingPointError for terms that are not finite, or weights beyond float16."""
-        weights = [*self.generator.parameters(), *self.critic.parameters()]
-        if not (all(map(math.isfinite, means.values()))
-                and all(weight.half().isfinite().all() for weight in weights)):
+        finite = [math.isfinite(mean) for mean in means.values()]
+        for network in (self.generator, self.critic):
+            finite += [weight.half().isfinite().all() for weight in network.parameters()]
+        if not all(finite):
             raise FloatingPointError(f"epoch {epoch + 1} diverged ({means}); nothing of it was "
                                      "saved; try a lower --lr or --pretrain-lr")
 
     def save(self, photos):
         """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epochs since."""
-        out, last = self.args.out, self.args.out / "last.pt"
-        if abs(self.written - (last.stat().st_mtime if last.exists() else 0)) > 2:  # FAT rounds it
-            raise UsageError(f"--out {out}: another process trains there too; end one of them")
-        weights = {name: value.half() if value.ndim > 1 else value  # statistics may pass 65504
-                   for name, value in self.ema.state_dict().items()}
-        own = self.options() | {"epoch": self.epoch}
+        out = self.args.out
+        options = self.options() | {"epoch": self.epoch}
+
+        weights = self.ema.state_dict()
+        for name, value in weights.items():
+            if value.ndim > 1:  # batch norm's statistics may be beyond float16
+                weights[name] = value.half()
+        g = {"generator": weights, "size": self.args.size,
+             "history": [*self.history, options], "test_means": photos.test_means}
         with replacing(out / "g.pt") as part:
-            torch.save({"generator": weights, "size": self.args.size,
-                        "history": [*self.history, own], "test_means": photos.test_means}, part)
+            torch.save(g, part)
+
         with replacing(out / "log.csv") as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.log[-1])
             writer.writeheader()
             writer.writerows(self.log)
-        state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        with replacing(last) as part:
-            torch.save(state | {"options": own, "history": self.history, "log": self.log,
-                                "contents": photos.contents}, part)
-        self.saved, self.written = time.monotonic(), last.stat().st_mtime
+
+        last = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        last |= {"options": options, "history": self.history, "log": self.log,
+                 "contents": photos.contents}
+        with replacing(out / "last.pt") as part:
+            torch.save(last, part)
+        self.saved = time.monotonic()
 
     def load(self, path):
-        """Go on from last.pt. An option that the saved run did not have yet counts as its default.
-
-        Raises UsageError where an option differs, or the networks of a changed models.py.
-        """
-        self.written = path.stat().st_mtime
-        with fitting(path):
+        """Go on from last.pt. Raises UsageError where an option or a network is another."""
+        with loading(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            saved = vars(parse_args(["--resume"])) | checkpoint["options"]  # it may lack some
-            self.epoch, self.log = saved["epoch"], checkpoint["log"]
-            self.history, self.contents = checkpoint["history"], checkpoint["contents"]
+            saved = checkpoint["options"]
+            self.epoch = saved["epoch"]
+            self.log = checkpoint["log"]
+            self.history = checkpoint["history"]
+            self.contents = checkpoint["contents"]
         for name, value in self.options().items():
-            if saved[name] != value:
-                flag = "torchrun --nproc-per-node" if name == "processes" else f"--{name}"
-                raise UsageError(f"{flag.replace('_', '-')} {value}: the run in {path.parent} has "
-                                 f"{saved[name]}; resume with that, or start another --out")
-        with fitting(path):
+            if saved.get(name, value) != value:
+                flag = "--" + name.replace("_", "-")
+                if name == "processes":
+                    flag = "torchrun --nproc-per-node"
+                raise UsageError(f"{flag} {value}: the run in {path.parent} has {saved[name]}; "
+                                 "resume with that, or start another --out")
+        with loading(path):
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(checkpoint[name])
 
@@ -427,48 +519,103 @@ def join_processes(device):
         return 0, 1
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
-    backend = "gloo" if device == "cpu" else None  # None: the accelerator's, where there is one
-    dist.init_process_group(backend, timeout=timedelta(hours=1))  # the others wait for the first
+    # None stands for the accelerator's backend, where there is one.
+    backend = "gloo" if device == "cpu" else None
+    # The others wait while the first decodes, which may take long.
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size()
 
 
 def resolve_amp(name, device):
     """What --amp auto stands for on this device; last.pt keeps it, and --resume insists on it."""
-    if name == "auto" and device.type == "cuda":  # a T4 (7, 5) emulates bf16, slowly
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "off" if name == "auto" else name
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "off"
+    # A T4 (7, 5) only emulates bf16, slowly.
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
     parser = Parser(__doc__)
-    add, share, weight = parser.add_argument, number(float, 0, 1), number(float, 0)
-    epochs, count = number(int, 0), number(int, 1)
-    add("--data", default=DEFAULT_DATA, metavar="DIR", help="folder of images; where the default "
-        "does not exist, Flowers102 is downloaded into it; demo: crops of scikit-image's pictures")
-    add("--size", type=number(int, 32, 1024), default=128, help="side in pixels, a multiple of 16")
-    add("--width", type=number(int, 1, 512), default=64, help="channels of each first block")
-    add("--batch-size", type=count, default=32, help="images a step, over all processes")
-    add("--pretrain-epochs", type=epochs, default=100, help="epochs of L1 alone")
-    add("--epochs", type=epochs, default=110, help="epochs of WGAN-GP after that")
-    add("--critic-steps", type=count, default=1, help="critic steps, all on one batch (WGAN-GP: 5)")
-    add("--generator-steps", type=count, default=2, help="generator steps a batch (WGAN-GP: 1)")
-    add("--lambda-l1", type=weight, default=1000.0, help="weight of L1, on ab / 110 (pix2pix: 100)")
-    add("--lambda-gp", type=weight, default=10.0, help="weight of the penalty (WGAN-GP: 10)")
-    add("--pretrain-lr", type=weight, default=1e-3, help="peak of L1's: warm-up, then cosine to 0")
-    add("--lr", type=weight, default=1e-4, help="learning rate of WGAN-GP, constant")
-    add("--aged", type=share, default=0.5, help="share of the training images made grey as film, "
-        "prints and scans do; half as many lie on paper")
-    add("--ema", type=share, default=0.999, help="decay, a batch, of the moving average; 0: none")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", default=DEFAULT_DATA, metavar="DIR",
+        help="folder of images; where the default does not exist, Flowers102 is downloaded into "
+        "it; demo: crops of scikit-image's pictures")
+    data.add_argument(
+        "--size", type=number(int, 32, 1024), default=128,
+        help="side of the network's pictures in pixels, a multiple of 16")
+    data.add_argument(
+        "--aged", type=number(float, 0, 1), default=0.5,
+        help="share of the training images made grey as film, prints and scans do; half as many "
+        "lie on paper")
+
+    networks = parser.add_argument_group("networks")
+    networks.add_argument(
+        "--width", type=number(int, 1, 512), default=64,
+        help="channels of the first block of generator and critic")
+    networks.add_argument(
+        "--init", type=Path, metavar="CKPT",
+        help="start from the generator of this g.pt: same --width, any --size")
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--pretrain-epochs", type=number(int, 0), default=100,
+        help="epochs of L1 alone")
+    training.add_argument(
+        "--epochs", type=number(int, 0), default=110,
+        help="epochs of WGAN-GP after that")
+    training.add_argument(
+        "--batch-size", type=number(int, 1), default=32,
+        help="images a step, over all processes")
+    training.add_argument(
+        "--pretrain-lr", type=number(float, 0), default=1e-3,
+        help="highest learning rate of L1: a warm-up leads to it, then a cosine to 0")
+    training.add_argument(
+        "--lr", type=number(float, 0), default=1e-4,
+        help="learning rate of WGAN-GP, constant")
+    training.add_argument(
+        "--critic-steps", type=number(int, 1), default=1,
+        help="critic steps on each batch (WGAN-GP: 5, on other batches)")
+    training.add_argument(
+        "--generator-steps", type=number(int, 1), default=2,
+        help="generator steps after those (WGAN-GP: 1)")
+    training.add_argument(
+        "--lambda-l1", type=number(float, 0), default=1000.0,
+        help="weight of L1 beside the critic's score, on ab / 110 (pix2pix: 100)")
+    training.add_argument(
+        "--lambda-gp", type=number(float, 0), default=10.0,
+        help="weight of the gradient penalty (WGAN-GP: 10)")
+    training.add_argument(
+        "--ema", type=number(float, 0, 1), default=0.999,
+        help="decay, a batch, of the moving average of the weights; 0: none")
+    training.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0,
+        help="of all that is random but the split, which is fixed")
+    training.add_argument(
+        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
-    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of training; the split is fixed")
-    add("--sample-every", type=count, default=5, metavar="EPOCHS", help="between two pictures")
-    add("--out", type=Path, help="folder for the results; if none is named, runs, for --eval none")
-    add("--init", type=Path, metavar="CKPT", help="start from this g.pt: same --width, any --size")
-    add("--resume", action="store_true", help="go on from OUT/last.pt where there is one")
-    add("--eval", type=Path, nargs="+", metavar="CKPT", help="evaluate these on --data's test part")
+    training.add_argument(
+        "--device", default="auto",
+        help="auto, cpu, mps, cuda or cuda:N")
+    training.add_argument(
+        "--out", type=Path,
+        help="folder for the results; if none is named, runs, for --eval none")
+    training.add_argument(
+        "--resume", action="store_true",
+        help="go on from OUT/last.pt where there is one")
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--sample-every", type=number(int, 1), default=5, metavar="EPOCHS",
+        help="from one picture of validation images to the next")
+    evaluation.add_argument(
+        "--eval", type=Path, nargs="+", metavar="CKPT",
+        help="train nothing: evaluate these on the test part of --data")
+
     args = parser.parse_args(argv)
     if args.size % 16:
         parser.error(f"--size {args.size}: must be a multiple of 16")
@@ -478,43 +625,45 @@ def parse_args(argv=None):
         args.out = args.out or Path("runs")
         if (args.out.is_file() or any(args.out.glob("*"))) and not args.resume:
             parser.error(f"--out {args.out}: is there already; --resume goes on, or name another")
-    if (args.out and args.data != "demo"
-            and args.out.resolve().is_relative_to(Path(args.data).resolve())):
-        parser.error(f"--out {args.out}: lies in --data {args.data}, where its pictures would be "
-                     "taken for photographs; name another")
+    if args.out and args.data != "demo":
+        if args.out.resolve().is_relative_to(Path(args.data).resolve()):
+            parser.error(f"--out {args.out}: lies in --data {args.data}, where its pictures would "
+                         "be taken for photographs; name another")
     return args
 
 
 def start(args):
     """Train by the options, and report on the result."""
-    # Setup
-    rank, args.processes = join_processes(args.device)  # an option, too, for resume
+    # Setup: what is found out here is kept with the options, for --resume to insist on.
+    rank, args.processes = join_processes(args.device)
     device = pick_device(args.device)
     args.amp = resolve_amp(args.amp, device)
     torch.backends.cudnn.benchmark = True
 
-    # Networks
+    # Networks: where last.pt exists, --resume was given, or parse_args would have refused.
     run = Run(args, device)
-    if (args.out / "last.pt").exists():  # so --resume: parse_args refuses it else
-        run.load(args.out / "last.pt")
+    last = args.out / "last.pt"
+    if last.exists():
+        run.load(last)
     elif args.init:
         run.start_from(args.init)
 
-    # Data
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine: it decodes, and the others,
-    for my_turn in (first, not first):                # after it, find its cache
-        if my_turn:
-            photos = Photos(args.data, args.size, device)
-        if dist.is_initialized():
-            dist.barrier()
+    # Data: one process of a machine decodes it, and then the others find it in the cache.
+    others = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+    if others:
+        dist.barrier()
+    photos = Photos(args.data, args.size, device)
+    if dist.is_initialized() and not others:
+        dist.barrier()
     if run.contents not in (None, photos.contents):
         raise UsageError(f"--data {args.data}: not the images that the run in {args.out} was "
                          "trained on")
     if args.batch_size % args.processes or args.batch_size > len(photos.train):
         raise UsageError(f"--batch-size {args.batch_size}: must be at most {len(photos.train)} "
                          f"(training images) and a multiple of {args.processes} (processes)")
+    # Loop: the folder is made now, so as not to fail after an epoch.
     if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)  # to fail now, not after an epoch
+        args.out.mkdir(parents=True, exist_ok=True)
         say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
         say(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} "
             f"test images, on {photos.device}; from epoch {run.epoch + 1}")
@@ -523,15 +672,26 @@ def start(args):
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
-        report([args.out / "g.pt"], args, device, photos)
+        final = args.out / "g.pt"
+        report({str(final): load_generator(final, device)}, photos, args.out)
+
+
+def evaluate(args):
+    """Print the table of --eval's generators."""
+    device = pick_device(args.device)
+    generators = {str(path): load_generator(path, device) for path in args.eval}
+    sizes = sorted({info["size"] for _, info in generators.values()})
+    if len(sizes) > 1:
+        raise UsageError(f"--eval: generators of the sizes {sizes}; evaluate each by itself")
+    report(generators, Photos(args.data, sizes[0], device), args.out)
 
 
 def main(argv=None):
     """Run the command line. Returns the exit status."""
     args = parse_args(argv)
     if args.eval:
-        return run_command(lambda: report(args.eval, args, pick_device(args.device)), "no table")
-    return run_command(lambda: start(args), f"--resume goes on from {args.out}'s last save, if any")
+        return run_command(evaluate, args, "no table")
+    return run_command(start, args, f"--resume goes on from {args.out}'s last save, if any")
 
 
 if __name__ == "__main__":
