@@ -16,8 +16,9 @@ from data import UsageError
 
 def double_conv(in_channels, out_channels):
     """Two 3x3 convolutions, each with batch norm and ReLU; H and W are kept."""
+    # Convolutions without a bias, since batch norm takes it out and adds its own.
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),  # batch norm adds one
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
         nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
@@ -84,7 +85,8 @@ def critic_block(in_channels, out_channels, stride):
     images, and batch norm would couple them (Gulrajani et al. 2017, section 4).
     """
     return [
-        nn.Conv2d(in_channels, out_channels, 4, stride, padding=1, bias=False),  # the norm undoes it
+        # A bias would be taken out by the norm.
+        nn.Conv2d(in_channels, out_channels, 4, stride, padding=1, bias=False),
         nn.InstanceNorm2d(out_channels),
         nn.LeakyReLU(0.2, inplace=True),
     ]
@@ -129,11 +131,16 @@ def loading(path):
     """UsageError for all that a checkpoint can raise: missing, damaged, or made by other code."""
     try:
         yield
-    except FileNotFoundError as error:
+    except UsageError:
+        raise
+    except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except Exception as error:  # a damaged file can raise anything
-        said = " ".join(str(error).split()).split(". ")[0][:150]  # torch's first sentence
-        raise UsageError(f"{path}: other kind, other code, or damaged ({said})") from error
+        # torch.load wraps the cause in advice to load the file unsafely; it keeps it as context.
+        cause = error.__context__ or error
+        said = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+        raise UsageError(f"{path}: damaged, or made by other code (then use a clone of that): "
+                         f"{said}") from error
 
 
 def load_generator(path, device):
@@ -145,8 +152,12 @@ def load_generator(path, device):
     """
     with loading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from it
+        if "critic" in checkpoint:
+            raise UsageError(f"{path}: the state of a run, for --resume; name the g.pt beside it")
         generator = UNet(checkpoint["history"][-1]["width"])
         generator.load_state_dict(checkpoint["generator"])
+        if not all(value.isfinite().all() for value in generator.state_dict().values()):
+            raise UsageError(f"{path}: some weights are infinite or not a number")
         info = {name: checkpoint[name] for name in ("size", "history", "test_means")}
     return to_device(generator, device).eval().requires_grad_(False), info
 

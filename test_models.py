@@ -339,7 +339,7 @@ def test_ageing_changes_lightness_alone_of_the_share_it_is_told(monkeypatch):
 @pytest.fixture
 def run():
     args = train.parse_args(f"{PRE} --amp off --lambda-gp 2 --lambda-l1 3".split())
-    args.processes = 1
+    args.nproc_per_node = 1
     return train.Run(args, CPU)
 
 
@@ -465,15 +465,14 @@ def test_eval_is_one_table_and_one_picture_of_several_generators(capsys, monkeyp
         torch.save({"generator": generator.state_dict(), "size": 32, "test_means": means.tolist(),
                     "history": [{"epoch": 3}, {"width": 4}]}, name)
         colours[name], colours[f"{name}, aged photographs"] = map(generator.eval(), (L, aged))
-    mean = photos.batch(photos.train)[1].mean((0, 2, 3)).view(1, 2, 1, 1) + ab * 0
-    colours |= {"no colour": ab * 0, "mean colour of the training part": mean, "real": ab}
+    colours |= {"no colour": ab * 0, "real": ab}
     before = tree()
     assert train_py(command) == 0 and tree() == before  # files only where --out is given
     capsys.readouterr()
     assert train_py(f"{command} --out out") == 0
     out = capsys.readouterr().out
     assert Path("out/test.txt").read_text() == out
-    assert "a.pt: epoch 3\na.pt: width 4\nb.pt: epoch 3\nb.pt: width 4\nwarning: b.pt was" in out
+    assert out.startswith("a.pt: epoch 3\na.pt: width 4\nwarning: b.pt was")
     *lines, real = out.splitlines()
     table = {row[0]: row[1:] for row in (line.rsplit(maxsplit=5) for line in lines)}
     pictures = {name: (lab2rgb(to_numpy(data.denormalize(L, x.detach()))) * 255).round().astype(
@@ -507,13 +506,14 @@ def test_training_learns_and_reports(capsys, monkeypatch):
     make_photos("photos", 40, toned)  # colour follows from lightness: easily learned
     assert train_py(f"{TINY} --pretrain-epochs 8 --epochs 1 --sample-every 6 --seed 3 --width 8 "
                     "--pretrain-lr 0.01 --aged 0.2") == 0
-    rows, table = read_log(), capsys.readouterr().out.splitlines()[-7:]
+    rows, table = read_log(), capsys.readouterr().out.splitlines()[-9:]
     assert [x["phase"] + "+" * (x["penalty"] > "") for x in rows] == ["pretrain"] * 8 + ["wgan-gp+"]
     assert 0.7 * float(rows[8]["l1"]) < float(rows[7]["l1"]) < 0.7 * float(rows[0]["l1"]) < 0.5
-    assert float(table[4].split()[1]) > float(table[2].split()[2]) + 1  # than no colour
+    assert float(table[6].split()[1]) > float(table[3].split()[2]) + 1  # than no colour
     assert Path("runs/test.txt").read_text().splitlines() == table
-    save = ["g.pt", "log.csv", "last.pt"]  # a kill in between repeats epochs, and loses no row
-    assert written[1:] == [*save, "epoch-0006.png", "epoch-0009.png", *save, "test.txt", "test.png"]
+    save = ["last.pt", "g.pt", "log.csv"]  # the last two follow from the first
+    assert written[1:] == [*save, "epoch-0006.png", "pretrained.pt", "epoch-0009.png", *save,
+                           "test.txt", "test.png"]
     photos, last, ema = data.Photos("photos", 32), torch.load("runs/last.pt"), models.UNet(8).eval()
     ema.load_state_dict(last["ema"])  # the moving average is what counts
     for name, share in (("val_psnr", 0.0), ("val_aged_psnr", 1.0)):
@@ -527,7 +527,8 @@ def test_training_learns_and_reports(capsys, monkeypatch):
         make_photos("photos", count, lambda seed: toned(seed + first))
         assert train_py("--eval runs/g.pt --data photos --device cpu") == 0
         out = capsys.readouterr().out
-        assert (out.splitlines()[-7:] == table) == (first == 0)
+        figures = [[line.split()[-5:] for line in x[-3:-1]] for x in (out.splitlines(), table)]
+        assert (figures[0] == figures[1]) == (first == 0)
         assert ("warning: runs/g.pt was made with other images" in out) == (first == 100)
 
 
@@ -546,13 +547,17 @@ def test_resume_refuses_other_options_and_other_photographs(refused):
     refused(train_py, f"{command} --epochs 2 --data there", "--data there: not the images")
 
 
-def test_divergence_does_not_spoil_a_run(run, refused):
+def test_divergence_does_not_spoil_a_run(run, refused, capsys):
     make_photos("photos")
     command = f"{PRE} --lambda-gp 2 --lambda-l1 3 --lr 1e6"  # weights that float16 cannot hold
     Path("runs").mkdir()  # empty, as Ctrl-C before the first save leaves it
     assert train_py(command) == 0
     refused(train_py, command, "--out runs: is there already", "--resume")
-    refused(train_py, f"{command} --epochs 1 --resume", "epoch 2 diverged", "lower --lr", status=1)
+    before = tree()
+    assert train_py(f"{command} --epochs 1 --resume") == 1
+    assert before.items() <= tree().items()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "epoch 2 diverged" in line and "lower --lr" in line
     run.critic.layers[0].weight.data.fill_(1e5)  # beyond float16, the critic's too
     with pytest.raises(FloatingPointError):
         run.check_finite({}, 1)
@@ -598,7 +603,7 @@ def test_bad_checkpoints_are_one_line_and_run_no_code(kind, refused):
     torch.save([] if kind == "other" else content, path)
     path.write_bytes(path.read_bytes()[: {"cut": -200, "empty": 0}.get(kind)])
     for option in ("--eval runs/last.pt", "--out new --init runs/last.pt", "--resume"):
-        refused(train_py, f"{TINY} {option}", "runs/last.pt: ", "Weights only" * (kind == "code"))
+        refused(train_py, f"{TINY} {option}", "runs/last.pt: ", "PosixPath" * (kind == "code"))
     refused(train_py, "--eval runs/none.pt", "runs/none.pt: No such file")
 
 
@@ -986,7 +991,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(refused, capsys):
     make_photos("photos")
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
     try:  # a limit of a file's size fails like a full disk, in g.pt and in the cache
-        assert train_py(PRE) == 1 and "runs/g.pt (is there room?)" in capsys.readouterr().err
+        assert train_py(PRE) == 1 and "runs/last.pt (is there room?)" in capsys.readouterr().err
         refused(train_py, f"{PRE} --size 64 --out new", "cannot write cache/", status=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -9,6 +9,7 @@ Isola et al. 2018, pix2pix (arXiv:1611.07004): the patch critic, and L1 beside i
 """
 import copy
 import csv
+import json
 import math
 import os
 import sys
@@ -157,7 +158,8 @@ def average(tensors):
 def update_ema(ema, generator, updates, decay):
     """Move ema, batch-norm statistics included, towards generator, in place.
 
-    updates: how many came before. The decay warms up (TensorFlow's way), so that a short run forgets its first weights, too.
+    updates: how many came before. The decay warms up (TensorFlow's way), so that a short run
+    forgets its first weights, too.
     """
     decay = min(decay, (1 + updates) / (10 + updates))
     averages = floating_point(ema.state_dict())
@@ -191,6 +193,11 @@ def train(run, photos, rank):
     total = args.pretrain_epochs + args.epochs
     steps = len(photos.train) // args.batch_size
     for epoch in range(run.epoch, total):
+        # What L1 has reached is kept, to show what the critic adds. (Not if it is random.)
+        if rank == 0 and epoch == args.pretrain_epochs:
+            if epoch > 0 or run.history:
+                run.save_generator("pretrained.pt", photos)
+
         # All that is random follows from (seed, epoch), so --resume needs no random state: the
         # order, the same on all processes, and the crops, ageing and mixes, of each its own.
         rng = np.random.default_rng([args.seed, epoch])
@@ -206,7 +213,7 @@ def train(run, photos, rank):
             run.optimizer_c.param_groups[0]["lr"] = lr
 
             # Every process takes its share of the batch.
-            rows = batches[i][rank :: args.processes]
+            rows = batches[i][rank :: args.nproc_per_node]
             L, ab = photos.batch(rows, crop=True, aged=args.aged)
             if epoch < args.pretrain_epochs:
                 terms.append(pretrain_step(run, L, ab))
@@ -215,10 +222,7 @@ def train(run, photos, rank):
             update_ema(run.ema, run.generator, epoch * steps + i, args.ema)
 
             if rank == 0:
-                speed = (i + 1) * args.batch_size / (time.perf_counter() - began)
-                left = (steps - i - 1) * args.batch_size / speed
-                live(f"epoch {epoch + 1}: step {i + 1}/{steps}, {speed:.0f} images/s, "
-                     f"{left:.0f} s left in it")
+                live(f"epoch {epoch + 1}/{total}, step {i + 1}/{steps}")
 
         # The terms stay on the device until here, so that it need not wait for this process.
         means = {}
@@ -245,8 +249,7 @@ def log_epoch(run, photos, means, speed):
     figures["aged_psnr"] = measure(run.ema, photos, photos.val, aged=1.0)["psnr"]
     val = {f"val_{name}": figure.mean().item() for name, figure in figures.items()}
     phase = "pretrain" if run.epoch <= run.args.pretrain_epochs else "wgan-gp"
-    terms = dict.fromkeys(("l1", "adversarial", "wasserstein", "penalty")) | means
-    run.log.append({"epoch": run.epoch, "phase": phase, **terms, **val, "images_per_s": speed})
+    run.log.append({"epoch": run.epoch, "phase": phase, "images_per_s": speed, **val, **means})
     losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
     say(f"epoch {run.epoch} {phase}  {losses}  val {val['val_psnr']:.2f} dB, aged "
         f"{val['val_aged_psnr']:.2f} dB, colourfulness {val['val_colourfulness']:.1f}  "
@@ -348,13 +351,11 @@ def report(generators, photos, out=None):
     generators: a dict {name: (generator, info)}, as load_generator returns them.
     """
     rows = [("no colour", no_colour, 0.0)]
-    rows.append(("mean colour of the training part", mean_colour(photos), 0.0))
-    lines = []
-    for name, (generator, info) in generators.items():
+    for name, (generator, _) in generators.items():
         rows.append((name, generator, 0.0))
         rows.append((f"{name}, aged photographs", generator, 1.0))
-        lines += describe(name, info, photos)
 
+    lines = describe(generators, photos)
     column = max(len(name) for name, _, _ in rows) + 2
     title = f"{len(photos.test)} test images at {photos.size} x {photos.size}"
     lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  mix error  worse than no colour")
@@ -379,28 +380,25 @@ def report(generators, photos, out=None):
         draw(networks, photos, photos.test[:8], out / "test.png")
 
 
-def describe(name, info, photos):
-    """Lines on a generator: the options of each run that led to it; whether photos are its own."""
-    for options in info["history"]:
-        yield f"{name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
-    if not same_test_part(info["test_means"], photos.test_means):
-        yield (f"warning: {name} was made with other images: those it was trained on may be among "
-               "the ones tested here")
+def describe(generators, photos):
+    """Lines on generators, as report gets them: what is new in the options of each run before."""
+    lines, runs, options = [], [], {}
+    for name, (_, info) in generators.items():
+        for run in info["history"]:
+            if run not in runs:
+                new = [f"{key} {value}" for key, value in run.items() if options.get(key) != value]
+                lines.append(f"{name}: " + ", ".join(new))
+                runs.append(run)
+                options = run
+        if not same_test_part(info["test_means"], photos.test_means):
+            lines.append(f"warning: {name} was made with other images: those it was trained on may "
+                         "be among the ones tested here")
+    return lines
 
 
 def no_colour(L):
     """A generator of grey pictures: ab = 0, (N, 2, H, W) for L (N, 1, H, W)."""
     return torch.zeros_like(L).expand(-1, 2, -1, -1)
-
-
-def mean_colour(photos):
-    """A generator that answers with the mean ab of the training part, whatever it sees."""
-    means = []
-    for part in chunks(photos, photos.train):
-        _, ab = photos.batch(part)
-        means.append(ab.mean((2, 3)))
-    mean_ab = torch.cat(means).mean(0).view(1, 2, 1, 1)
-    return lambda L: no_colour(L) + mean_ab
 
 
 def same_test_part(ours, theirs):
@@ -439,8 +437,8 @@ class Run:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def options(self):
-        """The options that the result depends on: --resume must repeat them."""
-        options = dict(vars(self.args))
+        """The options that the result depends on and --resume must repeat, as plain types."""
+        options = json.loads(json.dumps(vars(self.args), default=str))
         for name in self.MAY_DIFFER:
             del options[name]
         return options
@@ -456,39 +454,47 @@ class Run:
         self.history = info["history"]
 
     def check_finite(self, means, epoch):
-        """Raise FloatingPointError for terms that are not finite, or weights beyond float16."""
+        """Raise FloatingPointError for terms or weights that g.pt cannot hold."""
         finite = [math.isfinite(mean) for mean in means.values()]
-        for network in (self.generator, self.critic):
-            finite += [weight.half().isfinite().all() for weight in network.parameters()]
+        for network in (self.generator, self.critic, self.ema):
+            weights = compact(network.state_dict())
+            finite += [value.isfinite().all() for value in weights.values()]
         if not all(finite):
             raise FloatingPointError(f"epoch {epoch + 1} diverged ({means}); nothing of it was "
                                      "saved; try a lower --lr or --pretrain-lr")
 
     def save(self, photos):
-        """Write g.pt, log.csv and, last, last.pt: a kill in between repeats the epochs since."""
-        out = self.args.out
-        options = self.options() | {"epoch": self.epoch}
-
-        weights = self.ema.state_dict()
-        for name, value in weights.items():
-            if value.ndim > 1:  # batch norm's statistics may be beyond float16
-                weights[name] = value.half()
-        g = {"generator": weights, "size": self.args.size,
-             "history": [*self.history, options], "test_means": photos.test_means}
-        with replacing(out / "g.pt") as part:
-            torch.save(g, part)
-
-        with replacing(out / "log.csv") as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.log[-1])
-            writer.writeheader()
-            writer.writerows(self.log)
-
-        last = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        last |= {"options": options, "history": self.history, "log": self.log,
-                 "contents": photos.contents}
-        with replacing(out / "last.pt") as part:
-            torch.save(last, part)
+        """Write last.pt, and then what follows from it: a kill in between loses nothing."""
+        state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        state["options"] = self.options() | {"epoch": self.epoch}
+        state["history"] = self.history
+        state["log"] = self.log
+        state["contents"] = photos.contents
+        with replacing(self.args.out / "last.pt") as part:
+            torch.save(state, part)
+        self.save_results(photos)
         self.saved = time.monotonic()
+
+    def save_results(self, photos):
+        """Write g.pt and log.csv. A log that cannot be written, as it is open, stops no run."""
+        self.save_generator("g.pt", photos)
+        columns = dict.fromkeys(name for row in self.log for name in row)
+        try:
+            with replacing(self.args.out / "log.csv") as part, open(part, "w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.log)
+        except OSError as error:
+            say(f"warning: {error}", sys.stderr)
+
+    def save_generator(self, name, photos):
+        """Write the moving average as it is now, for load_generator."""
+        options = self.options() | {"epoch": self.epoch}
+        checkpoint = {"generator": compact(self.ema.state_dict()), "size": self.args.size}
+        checkpoint["history"] = [*self.history, options]
+        checkpoint["test_means"] = photos.test_means
+        with replacing(self.args.out / name) as part:
+            torch.save(checkpoint, part)
 
     def load(self, path):
         """Go on from last.pt. Raises UsageError where an option or a network is another."""
@@ -501,14 +507,21 @@ class Run:
             self.contents = checkpoint["contents"]
         for name, value in self.options().items():
             if saved.get(name, value) != value:
-                flag = "--" + name.replace("_", "-")
-                if name == "processes":
-                    flag = "torchrun --nproc-per-node"
-                raise UsageError(f"{flag} {value}: the run in {path.parent} has {saved[name]}; "
-                                 "resume with that, or start another --out")
+                raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {path.parent} has "
+                                 f"{saved[name]}; resume with that, or start another --out")
         with loading(path):
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(checkpoint[name])
+
+
+def compact(state):
+    """A state_dict on the CPU, its weights in float16; batch norm's statistics may be beyond it."""
+    small = {}
+    for name, value in state.items():
+        if value.ndim > 1:
+            value = value.half()
+        small[name] = value.cpu()
+    return small
 
 
 # --- HOUSEKEEPING: processes and the command line ------------------------------------------------
@@ -540,79 +553,79 @@ def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
     parser = Parser(__doc__)
 
-    data = parser.add_argument_group("data")
-    data.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add(
         "--data", default=DEFAULT_DATA, metavar="DIR",
         help="folder of images; where the default does not exist, Flowers102 is downloaded into "
         "it; demo: crops of scikit-image's pictures")
-    data.add_argument(
+    add(
         "--size", type=number(int, 32, 1024), default=128,
         help="side of the network's pictures in pixels, a multiple of 16")
-    data.add_argument(
+    add(
         "--aged", type=number(float, 0, 1), default=0.5,
         help="share of the training images made grey as film, prints and scans do; half as many "
         "lie on paper")
 
-    networks = parser.add_argument_group("networks")
-    networks.add_argument(
+    add = parser.add_argument_group("networks").add_argument
+    add(
         "--width", type=number(int, 1, 512), default=64,
         help="channels of the first block of generator and critic")
-    networks.add_argument(
+    add(
         "--init", type=Path, metavar="CKPT",
         help="start from the generator of this g.pt: same --width, any --size")
 
-    training = parser.add_argument_group("training")
-    training.add_argument(
+    add = parser.add_argument_group("training").add_argument
+    add(
         "--pretrain-epochs", type=number(int, 0), default=100,
         help="epochs of L1 alone")
-    training.add_argument(
+    add(
         "--epochs", type=number(int, 0), default=110,
         help="epochs of WGAN-GP after that")
-    training.add_argument(
+    add(
         "--batch-size", type=number(int, 1), default=32,
         help="images a step, over all processes")
-    training.add_argument(
+    add(
         "--pretrain-lr", type=number(float, 0), default=1e-3,
         help="highest learning rate of L1: a warm-up leads to it, then a cosine to 0")
-    training.add_argument(
+    add(
         "--lr", type=number(float, 0), default=1e-4,
         help="learning rate of WGAN-GP, constant")
-    training.add_argument(
+    add(
         "--critic-steps", type=number(int, 1), default=1,
         help="critic steps on each batch (WGAN-GP: 5, on other batches)")
-    training.add_argument(
+    add(
         "--generator-steps", type=number(int, 1), default=2,
         help="generator steps after those (WGAN-GP: 1)")
-    training.add_argument(
+    add(
         "--lambda-l1", type=number(float, 0), default=1000.0,
         help="weight of L1 beside the critic's score, on ab / 110 (pix2pix: 100)")
-    training.add_argument(
+    add(
         "--lambda-gp", type=number(float, 0), default=10.0,
         help="weight of the gradient penalty (WGAN-GP: 10)")
-    training.add_argument(
+    add(
         "--ema", type=number(float, 0, 1), default=0.999,
         help="decay, a batch, of the moving average of the weights; 0: none")
-    training.add_argument(
+    add(
         "--seed", type=number(int, 0, 2**32 - 1), default=0,
         help="of all that is random but the split, which is fixed")
-    training.add_argument(
+    add(
         "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
-    training.add_argument(
+    add(
         "--device", default="auto",
         help="auto, cpu, mps, cuda or cuda:N")
-    training.add_argument(
+    add(
         "--out", type=Path,
         help="folder for the results; if none is named, runs, for --eval none")
-    training.add_argument(
+    add(
         "--resume", action="store_true",
         help="go on from OUT/last.pt where there is one")
 
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument(
+    add = parser.add_argument_group("evaluation").add_argument
+    add(
         "--sample-every", type=number(int, 1), default=5, metavar="EPOCHS",
         help="from one picture of validation images to the next")
-    evaluation.add_argument(
+    add(
         "--eval", type=Path, nargs="+", metavar="CKPT",
         help="train nothing: evaluate these on the test part of --data")
 
@@ -623,8 +636,13 @@ def parse_args(argv=None):
         parser.error("--epochs 0 and --pretrain-epochs 0: nothing to train")
     if not args.eval:
         args.out = args.out or Path("runs")
-        if (args.out.is_file() or any(args.out.glob("*"))) and not args.resume:
+        # What is hidden does not count: a process that was killed may leave a .part file.
+        taken = args.out.is_file() or any(args.out.glob("[!.]*"))
+        if taken and not args.resume:
             parser.error(f"--out {args.out}: is there already; --resume goes on, or name another")
+        if (args.out / "g.pt").exists() and not (args.out / "last.pt").exists():
+            parser.error(f"--resume: {args.out} has a g.pt, but no last.pt to go on from; --init "
+                         "that g.pt into another --out")
     if args.out and args.data != "demo":
         if args.out.resolve().is_relative_to(Path(args.data).resolve()):
             parser.error(f"--out {args.out}: lies in --data {args.data}, where its pictures would "
@@ -634,8 +652,8 @@ def parse_args(argv=None):
 
 def start(args):
     """Train by the options, and report on the result."""
-    # Setup: what is found out here is kept with the options, for --resume to insist on.
-    rank, args.processes = join_processes(args.device)
+    # Setup: what is found out here joins the options, for --resume to insist on.
+    rank, args.nproc_per_node = join_processes(args.device)
     device = pick_device(args.device)
     args.amp = resolve_amp(args.amp, device)
     torch.backends.cudnn.benchmark = True
@@ -648,22 +666,23 @@ def start(args):
     elif args.init:
         run.start_from(args.init)
 
-    # Data: one process of a machine decodes it, and then the others find it in the cache.
-    others = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
-    if others:
+    # Data: the first process decodes it, and then the others find it in the cache.
+    if rank > 0:
         dist.barrier()
     photos = Photos(args.data, args.size, device)
-    if dist.is_initialized() and not others:
+    if rank == 0 and args.nproc_per_node > 1:
         dist.barrier()
     if run.contents not in (None, photos.contents):
         raise UsageError(f"--data {args.data}: not the images that the run in {args.out} was "
                          "trained on")
-    if args.batch_size % args.processes or args.batch_size > len(photos.train):
+    if args.batch_size % args.nproc_per_node or args.batch_size > len(photos.train):
         raise UsageError(f"--batch-size {args.batch_size}: must be at most {len(photos.train)} "
-                         f"(training images) and a multiple of {args.processes} (processes)")
+                         f"(training images) and a multiple of {args.nproc_per_node} (processes)")
     # Loop: the folder is made now, so as not to fail after an epoch.
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
+        if last.exists():
+            run.save_results(photos)
         say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
         say(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} "
             f"test images, on {photos.device}; from epoch {run.epoch + 1}")
@@ -672,12 +691,15 @@ def start(args):
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
-        final = args.out / "g.pt"
-        report({str(final): load_generator(final, device)}, photos, args.out)
+        paths = [args.out / name for name in ("pretrained.pt", "g.pt")]
+        generators = {str(p): load_generator(p, device) for p in paths if p.exists()}
+        report(generators, photos, args.out)
 
 
 def evaluate(args):
-    """Print the table of --eval's generators."""
+    """Print the table of --eval's generators. Of several processes one is enough."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     device = pick_device(args.device)
     generators = {str(path): load_generator(path, device) for path in args.eval}
     sizes = sorted({info["size"] for _, info in generators.values()})
