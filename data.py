@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import io
 import os
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -18,7 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, TiffImagePlugin as tiff
+from PIL import ExifTags, Image, ImageCms
+from PIL.Image import Transpose
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE, COLORMAP, EXTRASAMPLES, PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC,
+    PLANAR_CONFIGURATION, SAMPLEFORMAT)
 from torch.nn import functional as F
 
 L_CENTER = 50.0  # networks see L / 50 - 1
@@ -32,7 +37,21 @@ RGB_FROM_XYZ = XYZ_FROM_RGB.inverse()
 WHITE = torch.tensor([0.95047, 1.0, 1.08883], dtype=torch.float64)  # D65, 2 degree observer
 CACHE = Path("cache")  # of decoded images
 DEFAULT_DATA = "data"  # where Flowers102 is downloaded to
-NEW_SUBFILE_TYPE = 254  # a TIFF tag that Pillow has no name for; bit 0: a preview
+
+# The formats in which people have photographs; JPEG's reader opens MPO, too.
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
+UPRIGHT = {  # how to turn a picture of this orientation (EXIF 2.3, 4.6.4 A)
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+BICUBIC = Image.Resampling.BICUBIC
+EXIF_PREFIX = b"Exif\0\0"
+EXIF_LIMIT = 65_533  # bytes that a segment of JPEG holds
 
 
 class UsageError(Exception):
@@ -139,14 +158,12 @@ class Photos:
             names, images = decode_folder(Path(data), stored)
         good = usable(data, names, images)
         digests = {row: hashlib.sha256(images[row]).digest() for row in good}
-        train, val, test = split(good, digests)
-        if not (train and val and test):
+        parts = split(good, digests)
+        if not all(parts):
             raise UsageError(f"--data {data}: too many identical images to split them in three")
-        self.train = torch.tensor(train)
-        self.val = torch.tensor(val)
-        self.test = torch.tensor(test)
+        self.train, self.val, self.test = map(torch.tensor, parts)
         self.contents = _digest(list(digests.values()))
-        self.test_means = [round(float(images[row].mean()), 1) for row in test]
+        self.test_means = [round(float(image.mean()), 1) for image in images[parts[2]]]
         self.images = torch.from_numpy(images)
         if self.device.type == "cuda":
             free_memory, _ = torch.cuda.mem_get_info(self.device)
@@ -179,21 +196,16 @@ class Photos:
 
 def usable(data, names, images):
     """Rows of the images to train on; says what is left out. UsageError for fewer than ten."""
-    good, bad = [], []
-    for row, image in enumerate(images):
-        if image.any():
-            good.append(row)
-        else:
-            bad.append(names[row])  # black: so decode leaves what is broken
-    if bad:
-        listed = ", ".join(bad[:20])
-        if len(bad) > 20:
-            listed += " ..."
+    good = [row for row, image in enumerate(images) if image.any()]
+    if len(good) < len(names):
+        # What is broken was left black by decode.
+        bad = [name for name, image in zip(names, images) if not image.any()]
         say(f"{len(bad)} of {len(names)} images left out, broken or all black (delete {CACHE}/ to "
-            f"try again): {listed}")
+            f"try again): {', '.join(bad)}")
     if len(good) < 10:
         raise UsageError(f"--data {data}: {len(good)} readable images, at least 10 are needed; an "
-                         f"archive is to be unpacked; a missing '{DEFAULT_DATA}' is downloaded")
+                         f"archive is to be unpacked; links to folders are not entered; a missing "
+                         f"'{DEFAULT_DATA}' is downloaded")
 
     # A few thousand pixels of each are enough to tell grey.
     stride = max(1, images.shape[1] // 48)
@@ -306,73 +318,134 @@ class Picture(NamedTuple):
 
 
 def is_picture(path):
-    """Whether Pillow reads files of this suffix."""
+    """Whether a file's suffix is that of a format that is read."""
     format = Image.registered_extensions().get(Path(path).suffix.lower())
-    if format == "MPEG":  # a film: Pillow knows it by its head, but reads no frame
-        return False
-    return format in Image.OPEN or format == "MPO"  # MPO is opened by JPEG's reader
+    return format == "MPO" or format in FORMATS
 
 
 def read_picture(path):
-    """Read any picture that Pillow reads right; of several pages or frames the first.
+    """Read a picture of one of FORMATS; of several pages or frames the first.
 
     Returns a Picture. Raises ValueError for a picture that Pillow would misread without a word, and
-    whatever Pillow raises for a broken file: that can be anything.
+    whatever Pillow raises for another format or a broken file: that can be anything.
     """
     # Opened here: given a path, Pillow maps some TIFFs into memory by their size after turning.
-    with open(path, "rb") as file, Image.open(file) as image:
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         refuse_misread(image)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        metadata = {key: image.info[key] for key in ("exif", "dpi") if key in image.info}
-        if metadata.get("dpi") == (1, 1):  # Pillow's, for a TIFF without a resolution
-            del metadata["dpi"]
-        profile = image.info.get("icc_profile")
+        image, exif = upright(image)
 
-        # 16 bits, which Image.convert would saturate at 255.
-        if image.mode.startswith("I"):
-            levels = np.rint(np.asarray(image) * np.float32(255 / 65535))
-            image = Image.fromarray(levels.astype(np.uint8))
+    metadata = {}
+    if 0 < len(exif) <= EXIF_LIMIT:
+        metadata["exif"] = exif
+    # One dot an inch is Pillow's word for a TIFF without a resolution.
+    dpi = image.info.get("dpi", (1, 1))
+    if dpi != (1, 1):
+        metadata["dpi"] = dpi
+    profile = image.info.get("icc_profile")
 
-        alpha = None
-        if image.has_transparency_data:
-            alpha = image.convert("RGBA").getchannel("A")
+    # 16 bits, which Image.convert would saturate at 255.
+    if image.mode.startswith("I"):
+        levels = np.rint(np.asarray(image) * np.float32(255 / 65535))
+        image = Image.fromarray(levels.astype(np.uint8))
 
-        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-        if image.mode not in (mode, "CMYK"):  # the profile of CMYK is of CMYK
-            image = image.convert(mode)
-        image = to_srgb(image, profile)
-        if image.mode != mode:  # CMYK without a profile, or RGB that a profile made of grey
-            image = image.convert(mode)
-    if alpha:
-        hidden = alpha.point(lambda level: 255 if level == 0 else 0)
-        image.paste("white", mask=hidden)
-        if alpha.getextrema() == (255, 255):  # it hides nothing
+    # Grey that was multiplied by its alpha.
+    if image.mode == "La":
+        image = image.convert("LA")
+
+    # Alpha that hides nothing, or everything, is none: the picture is what there is to see.
+    alpha = None
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() in [(0, 0), (255, 255)]:
             alpha = None
+
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if image.mode not in (mode, "CMYK"):  # the profile of CMYK is of CMYK
+        image = image.convert(mode)
+    image = to_srgb(image, profile)
+    if image.mode != mode:  # CMYK without a profile, or RGB that a profile made of grey
+        image = image.convert(mode)
+    if alpha:
+        hidden = alpha.point([255] + 255 * [0])
+        image.paste("white", mask=hidden)
     return Picture(image, alpha, metadata)
 
 
 def refuse_misread(image):
     """Raise ValueError for an opened picture whose values Pillow would get wrong."""
-    tags = getattr(image, "tag_v2", {})  # a TIFF's; other formats have none
-    if tags.get(NEW_SUBFILE_TYPE, 0) & 1:
-        raise ValueError("its first page is a preview; convert it to JPEG or PNG")
-
-    bits = tags.get(tiff.BITSPERSAMPLE, (8,))
-    misread = [
-        image.mode == "F",  # floating point
-        image.mode == "I" and image.format != "PPM",  # 32 bits; PPM's 16 also come as "I"
-        image.mode == "I;16" and "transparency" in image.info,  # one level of grey is transparent
-        set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1},  # signed
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
+    bits = tags.get(BITSPERSAMPLE, (8,))
+    deep = max(bits) > 8
+    planar = tags.get(PLANAR_CONFIGURATION) == 2
+    colour_map = tags.get(COLORMAP, (65535,))
+    # Pillow scales the levels of a PNG, but not the one that is to be transparent.
+    raw_mode = None
+    if image.format == "PNG" and image.mode != "P" and "transparency" in image.info:
+        *_, raw_mode = image.tile[0]
+    reasons = [
+        # By the new tag and by the old, for which Pillow has no names.
+        ("its first page is a preview", tags.get(254, 0) & 1 or tags.get(255) == 2),
+        ("floating point", image.mode == "F"),
+        # 16 bits of PPM also come as "I".
+        ("32 bits a channel", image.mode == "I" and image.format != "PPM"),
+        ("signed values", set(tags.get(SAMPLEFORMAT, (1,))) != {1}),
+        ("neither 8 nor 16 bits a channel", deep and bits[0] != 16),
+        ("16 bits, of which 0 is white", deep and tags.get(PHOTOMETRIC) == 0),
+        ("16 bits in planes", deep and planar and image.info["compression"] == "raw"),
+        ("a palette of 8 bits", max(colour_map) < 256),
+        ("grey with alpha in planes", planar and image.mode in ("LA", "La")),
+        ("four planes, one unnamed", planar and image.mode == "RGBA" and EXTRASAMPLES not in tags),
+        ("a transparent level, not of 8 bits", raw_mode not in (None, "1", "L", "RGB")),
+        ("no word of whether 0 is black", tags and PHOTOMETRIC not in tags),
     ]
-    if max(bits) > 8:
-        misread += [
-            bits[0] != 16,  # 10, 12 or 14
-            tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0,  # white is 0
-            tags.get(tiff.PLANAR_CONFIGURATION) == 2 and image.info["compression"] == "raw",
-        ]
-    if any(misread):
-        raise ValueError("neither 8 nor plain 16 bits a channel; save it with 8")
+    for reason, found in reasons:
+        if found:
+            raise ValueError(f"{reason}: convert it to JPEG, or to PNG of 8 bits a channel")
+
+
+def upright(image):
+    """Turn a picture as its EXIF, or else its XMP, asks. Returns it and the EXIF, b"" for none.
+
+    EXIF that cannot be read is left out. A TIFF comes turned from Pillow, and without EXIF.
+    """
+    exif = image.info.pop("exif", b"")
+    orientation = None
+    try:
+        if exif:
+            orientation, exif = take_orientation(exif)
+        if orientation is None:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (struct.error, SyntaxError, ValueError):
+        exif = b""
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+    return image, exif
+
+
+def take_orientation(exif):
+    """Read the orientation of EXIF, and set it to 1 there; every other byte stays as it came.
+
+    exif: bytes of a TIFF header and its directories (TIFF 6.0, section 2), with or without JPEG's
+    prefix. Returns the orientation, None where there is none, and the bytes with the prefix. Raises
+    struct.error for bytes that are no EXIF.
+    """
+    exif = bytearray(exif.removeprefix(EXIF_PREFIX).removeprefix(EXIF_PREFIX))
+    order = ">" if exif.startswith(b"MM") else "<"  # of bytes, Motorola's or Intel's
+    name, magic, directory = struct.unpack_from(f"{order}2sHI", exif)
+    if name not in (b"II", b"MM") or magic != 42:
+        raise struct.error("no TIFF header")
+
+    orientation = None
+    (count,) = struct.unpack_from(f"{order}H", exif, directory)
+    for i in range(count):
+        entry = directory + 2 + 12 * i
+        tag, kind, values = struct.unpack_from(f"{order}HHI", exif, entry)
+        if tag == ExifTags.Base.Orientation and kind in (3, 4) and values == 1:
+            number = order + {3: "H", 4: "I"}[kind]  # 16 or 32 bits
+            (orientation,) = struct.unpack_from(number, exif, entry + 8)
+            struct.pack_into(number, exif, entry + 8, 1)
+    return orientation, EXIF_PREFIX + exif
 
 
 def to_srgb(image, profile):
@@ -411,6 +484,16 @@ def replacing(path, tag=""):
             part.unlink()
 
 
+class PythonFile(io.BufferedWriter):
+    """A file that Pillow has to write through Python, which notices a full disk.
+
+    Where a file has a number, Pillow's encoders write by that, and ignore what was not written.
+    """
+
+    def fileno(self):
+        raise io.UnsupportedOperation
+
+
 def in_threads(function, items, threads, **pool_options):
     """Yield function(item) for each item, in order.
 
@@ -428,14 +511,16 @@ def _digest(values):
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def find_images(folder):
-    """Pictures below folder, by suffix. Hidden files, linked folders, pipes are passed over.
+def find_images(folder, unreadable):
+    """Pictures below folder, by suffix. Links to folders are not entered, hidden files ignored.
 
-    Prints folders it cannot read. Returns relative paths, sorted, and suffixes of other files.
+    unreadable: is called with the OSError of each folder that cannot be read. Returns relative
+    paths, sorted, and of everything else what it is: its suffix, or "linked folders".
     """
     names, others = [], []
-    for top, folders, files in os.walk(folder, onerror=complain):
+    for top, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        others += ["linked folders" for name in folders if os.path.islink(Path(top, name))]
         for name in files:
             if name.startswith("."):
                 continue
@@ -447,16 +532,11 @@ def find_images(folder):
     return sorted(names, key=Path.as_posix), others
 
 
-def complain(error):
-    """Print an error, and go on."""
-    say(error, sys.stderr)
-
-
 def decode(folder, size, name):
     """A picture squashed to (size, size, 3) uint8 RGB, bicubic, antialiased; black if broken."""
     try:
         image = read_picture(folder / name).image.convert("RGB")
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        return np.asarray(image.resize((size, size), BICUBIC))
     except Exception:  # a broken file can raise anything; usable names it
         return np.zeros((size, size, 3), np.uint8)
 
@@ -476,6 +556,11 @@ def download(folder):
             "use --data demo, which needs no network") from error
 
 
+def refuse_folder(error):
+    """A folder that cannot be read ends a training: without it the split would be another."""
+    raise UsageError(f"--data: {error.filename}: {error.strerror}") from error
+
+
 def decode_folder(folder, size):
     """All images below folder, decoded once and cached; again if a file's size or time changes.
 
@@ -486,7 +571,7 @@ def decode_folder(folder, size):
         download(folder)
     if not folder.is_dir():
         raise UsageError(f"--data {folder}: no folder of images")
-    names, _ = find_images(folder)
+    names, _ = find_images(folder, refuse_folder)
     if not names:
         return [], []
     files = []
@@ -494,7 +579,8 @@ def decode_folder(folder, size):
         stat = os.stat(folder / name)
         files.append((str(name), stat.st_size, stat.st_mtime_ns))
     cached = CACHE / f"{_digest((str(folder.resolve()), files))}-{size}.raw"
-    if not cached.exists():
+    whole = len(names) * size * size * 3  # bytes
+    if not (cached.exists() and cached.stat().st_size == whole):
         work = partial(decode, folder, size)
         with (replacing(cached, os.getpid()) as part, open(part, "wb") as file,
               closing(in_threads(work, names, os.cpu_count())) as images):
@@ -521,7 +607,7 @@ def demo(size):
         for y in range(0, height - 191, 32):
             for x in range(0, width - 191, 32):
                 crop = Image.fromarray(picture[y : y + 192, x : x + 192])
-                crop = crop.resize((size, size), Image.Resampling.BICUBIC)
+                crop = crop.resize((size, size), BICUBIC)
                 images.append(np.asarray(crop))
                 names.append(f"{name}-{y}-{x}")
     return names, np.stack(images)
@@ -530,9 +616,10 @@ def demo(size):
 # --- Command line --------------------------------------------------------------------------------
 
 def say(text, file=None):
-    """Print a line, in place of the live one."""
+    """Print a line, in place of the live one; what could steer a terminal is escaped."""
     live("")
-    print(text, file=file, flush=True)
+    shown = [char if char.isprintable() else repr(char)[1:-1] for char in str(text)]
+    print("".join(shown), file=file, flush=True)
 
 
 def live(text):
@@ -568,8 +655,11 @@ def run_command(command, args, if_stopped):
 
     if_stopped: the answer to Ctrl-C. Returns the exit status: the command's, 1, 2 (usage) or 130.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names that it cannot show
+    # Without a console (pythonw, or 2>&-) there is nobody to tell.
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    # File names may hold what a terminal cannot show. (A notebook's stdout has no such method.)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(args) or 0
     except (UsageError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:

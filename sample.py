@@ -9,6 +9,7 @@ Colorization, arXiv:1603.08511): the eye is sharp for lightness, not for colour.
 import math
 import os
 import sys
+import unicodedata
 import warnings
 from collections import Counter
 from contextlib import closing
@@ -18,18 +19,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, ImageStat
+from PIL import (
+    Image, ImageChops, ImageDraw, ImageFont, ImageOps, ImageStat, UnidentifiedImageError)
 
 from data import (
-    AB_RANGE, Parser, UsageError, find_images, has_colour, in_threads, is_picture, lab_to_rgb, live,
-    normalize, number, read_picture, replacing, rgb_to_lab, run_command, say)
+    AB_RANGE, BICUBIC, Parser, PythonFile, UsageError, find_images, has_colour, in_threads,
+    is_picture, lab_to_rgb, live, normalize, number, read_picture, replacing, rgb_to_lab,
+    run_command, say)
 from models import load_generator, pick_device
 
 STRIP = 65_536  # pixels converted at once: what fits in a processor's cache
 COLUMNS = 8  # of the grid
 SIDE = 256  # of its cells, in pixels
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
-TIFF = {"format": "TIFF"}
+TIFF = {"format": "TIFF", "exif": b""}  # Pillow would write its own
 SAVE = {  # suffixes that are kept, with how they are written
     ".jpg": JPEG,
     ".jpeg": JPEG,
@@ -38,8 +41,7 @@ SAVE = {  # suffixes that are kept, with how they are written
     ".tiff": TIFF,
     ".webp": {"format": "WEBP", "lossless": True, "exact": True},
 }
-GREYS = (torch.arange(256) / 255).expand(1, 3, 1, 256)
-GREY_L = rgb_to_lab(GREYS)[0, 0, 0]  # L* of each level of grey
+NO_PICTURE = "no picture of a kind that is read here; save it as JPEG or PNG"
 
 
 # --- One picture ---------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def colorize(generator, image, size, strength=1.0):
         lab = [lightness(image.crop((0, top, width, bottom)))]
         box = (0, top * scale, planes[0].width, bottom * scale)
         for plane in planes:
-            strip = plane.resize((width, bottom - top), Image.Resampling.BICUBIC, box)
+            strip = plane.resize((width, bottom - top), BICUBIC, box)
             lab.append(torch.from_numpy(np.array(strip))[None, None])
         rgb = lab_to_rgb(torch.cat(lab, 1), keep_lightness=True)
         result.paste(to_image(rgb), (0, top))
@@ -84,7 +86,7 @@ def network_input(image, size):
     width, height = image.size
     rows = max(1, round(size * min(1, 1.5 * height / width)))
     columns = max(1, round(size * min(1, 1.5 * width / height)))
-    small = image.resize((columns, rows), Image.Resampling.BICUBIC).convert("RGB")
+    small = image.resize((columns, rows), BICUBIC).convert("RGB")
 
     above = (size - rows) // 2
     left = (size - columns) // 2
@@ -96,10 +98,7 @@ def network_input(image, size):
 
 def lightness(image):
     """L* of an image, mode L or RGB: (1, 1, H, W) in [0, 100]."""
-    if image.mode == "RGB":
-        return rgb_to_lab(to_tensor(image))[:, :1]
-    levels = torch.from_numpy(np.array(image)).long()
-    return GREY_L[levels][None, None]  # from a table, which is three times as fast
+    return rgb_to_lab(to_tensor(image.convert("RGB")))[:, :1]
 
 
 def grey_cell(image):
@@ -138,42 +137,53 @@ class Job(NamedTuple):
     source: Path
     path: Path  # of the result
     shown: bool  # whether it has a column in the grid
+    done: bool  # whether the result is there already, and stays
 
 
 class Outcome(NamedTuple):
     """What became of it."""
     job: Job
     error: str | None = None  # why it was not colorized
-    psnr: float | None = None  # in dB, of a picture in colour
+    psnr: float | None = None  # in dB, of a picture in colour that hides nothing
     cells: tuple = ()  # its column in the grid: grey, colorized and, where it had colour, real
 
 
 def colorize_file(generator, size, strength, job):
     """Read, colorize and write one picture. Returns its Outcome."""
     try:
+        if job.done and not job.shown:
+            return Outcome(job)
         image, alpha, metadata = read_picture(job.source)
-        result = colorize(generator, image, size, strength)
-        small, _ = network_input(image, size)
-        quality = None
-        if has_colour(to_tensor(small)):
-            quality = psnr(image, result)
+        if job.done:
+            result = read_picture(job.path).image
+        else:
+            result = colorize(generator, image, size, strength)
 
+        small, _ = network_input(image, size)
+        coloured = has_colour(to_tensor(small))
         cells = ()
         if job.shown:
-            real = ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
-            fake = ImageOps.pad(result, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
+            real = ImageOps.pad(image, (SIDE, SIDE), BICUBIC, "white")
+            fake = ImageOps.pad(result, (SIDE, SIDE), BICUBIC, "white")
             cells = (grey_cell(real), fake)
-            if quality is not None:
+            if coloured:
                 cells += (real,)
+        if job.done:
+            return Outcome(job, cells=cells)
 
+        quality = None
         if alpha:
             result.putalpha(alpha)
-        with replacing(job.path, os.getpid()) as part:
-            result.save(part, **SAVE[job.path.suffix.lower()], **metadata)
+        elif coloured:
+            quality = psnr(image, result)
+        options = metadata | SAVE[job.path.suffix.lower()]
+        with replacing(job.path, os.getpid()) as part, PythonFile(open(part, "wb", 0)) as file:
+            result.save(file, **options)
         return Outcome(job, None, quality, cells)
+    except UnidentifiedImageError:
+        return Outcome(job, NO_PICTURE)
     except Exception as error:  # a broken file can raise anything; no space, no memory
-        said = str(error).partition(" <")[0]  # not Pillow's <_io.BufferedReader ...>
-        said = said or type(error).__name__
+        said = str(error) or type(error).__name__
         return Outcome(job, said.splitlines()[0])
 
 
@@ -182,18 +192,19 @@ def colorize_file(generator, size, strength, job):
 def plan(args):
     """Which picture goes where: below out it keeps its name, or gets .png appended.
 
-    Returns {input: output} and the suffixes of other files. Raises UsageError for what is not there
-    or no picture, and where an output would replace an input or another output.
+    Returns a list of Jobs, what find_images passed over, and an OSError for each folder that cannot
+    be read. Raises UsageError for what is not there or no picture, and where a result would replace
+    an input, another result, or without leave any file.
     """
     out = args.out
     if out.is_file() or is_picture(out):
         raise UsageError(f"out {out}: a file's name; name, last, the folder that the results go to")
 
     outputs = {}
-    others = []
-    owners = {}  # of each output: who writes it
+    owners = {}  # of each result's name: its picture, and the input that this came from
     if args.grid:
-        owners[out / "grid.png"] = "the grid (--grid 0: none)"
+        owners[folded(out / "grid.png")] = ("the grid (--grid 0: none)", None)
+    others, unreadable = [], []
     for entry in args.input:
         if not entry.exists():
             raise UsageError(f"input {entry}: no such file or folder")
@@ -201,39 +212,67 @@ def plan(args):
             if out.resolve().is_relative_to(entry.resolve()):
                 raise UsageError(f"out {out}: is or lies in the input {entry}; name another")
             folder = entry
-            names, passed_over = find_images(folder)
+            names, passed_over = find_images(folder, unreadable.append)
             others += passed_over
         else:
             folder = entry.parent
             names = [Path(entry.name)]
         if not any(map(is_picture, names)):
-            raise UsageError(f"input {entry}: no picture that can be read (.heic: convert to JPEG)")
+            raise UsageError(f"input {entry}: {NO_PICTURE}")
 
         for name in names:
             source = folder / name
             path = out / name
             if path.suffix.lower() not in SAVE:
                 path = out / f"{name}.png"
-            owner = owners.setdefault(path, source)
+            owner, owner_entry = owners.setdefault(folded(path), (source, entry))
             if owner != source:
-                raise UsageError(f"input {source} and {owner} would both become {path}; rename one")
+                remedy = "name their parent folder"
+                if owner_entry in (entry, None):
+                    remedy = "rename one"
+                raise UsageError(f"input {source} and {owner} would both become {path}; {remedy}")
             outputs[source] = path
 
-    replaced = {path.resolve() for path in outputs} & {path.resolve() for path in owners}
-    if replaced:
-        raise UsageError(f"out {out}: would replace the input {min(replaced)}; name another")
-    return outputs, others
+    # What is there is compared by its number, so that no spelling and no link leads to an input.
+    results = list(outputs.values())
+    if args.grid:
+        results.append(out / "grid.png")
+    existing = [path for path in results if os.path.exists(path)]
+    inputs = {identity(source): source for source in outputs}
+    for path in existing:
+        if identity(path) in inputs:
+            raise UsageError(f"out {out}: would replace the input {inputs[identity(path)]}; name "
+                             "another")
+    if existing and not args.skip_existing and not args.overwrite:
+        raise UsageError(f"out {existing[0]}: is there already; --skip-existing keeps it, "
+                         "--overwrite replaces it, or name another folder")
+
+    jobs = []
+    for source, path in outputs.items():
+        done = args.skip_existing and os.path.exists(path)
+        jobs.append(Job(source, path, shown=len(jobs) < args.grid, done=done))
+    return jobs, others, unreadable
+
+
+def folded(path):
+    """A name as disks compare it that tell neither case nor Unicode's forms apart."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
+
+
+def identity(path):
+    """The device and the number of a file: the same by whatever name."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 def colorize_all(args):
     """Colorize by the options. Returns the exit status."""
     device = pick_device(args.device)
     generator, info = load_generator(args.ckpt, device)
-    outputs, others = plan(args)
-    jobs = []
-    for source, path in outputs.items():
-        if not (args.skip_existing and path.exists()):
-            jobs.append(Job(source, path, shown=len(jobs) < args.grid))
+    jobs, others, unreadable = plan(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for error in unreadable:
+        say(error, sys.stderr)
 
     # In threads: one a core, each with torch on that core; but MPS crashes with two.
     threads = 1 if device.type == "mps" else torch.get_num_threads()
@@ -243,56 +282,63 @@ def colorize_all(args):
     with closing(in_threads(work, jobs, threads, **one_core)) as results:
         for outcome in results:
             outcomes.append(outcome)
+            job = outcome.job
             if outcome.error:
-                say(f"{outcome.job.source}: not colorized: {outcome.error}", sys.stderr)
-            elif outcome.psnr is None:
-                say(outcome.job.path)
-            else:
-                say(f"{outcome.job.path}: {outcome.psnr:.2f} dB")
+                say(f"{job.source}: not colorized: {outcome.error}", sys.stderr)
+            elif outcome.psnr is not None:
+                say(f"{job.path}: {outcome.psnr:.2f} dB")
+            elif not job.done:
+                say(job.path)
             live(f"{len(outcomes)}/{len(jobs)}")
 
-    colorized = [outcome for outcome in outcomes if not outcome.error]
-    decibels = [outcome.psnr for outcome in colorized if outcome.psnr is not None]
-    failed = len(outcomes) - len(colorized)
-    summary = [f"{len(colorized)} colorized into {args.out}"]
-    if decibels:
-        summary.append(f"{np.mean(decibels):.2f} dB on the {len(decibels)} that had colour")
-    summary.append(f"{failed} failed")
-    if args.skip_existing:
-        summary.append(f"{len(outputs) - len(jobs)} done before")
-    summary = ", ".join(summary)
-    if others:
-        kinds = sorted(Counter(others).items())
-        summary += "; passed over: " + ", ".join(f"{count} {kind}" for kind, count in kinds)
-    say(summary)
-
-    columns = [outcome for outcome in colorized if outcome.cells]
+    good = [outcome for outcome in outcomes if not outcome.error]
+    failed = len(outcomes) - len(good)
+    say(summarize(good, failed, others, args))
+    columns = [outcome for outcome in good if outcome.cells]
     if columns:
-        draw_grid(columns, args.out / "grid.png")
-        say(f"{args.out / 'grid.png'} shows {len(columns)} of {len(colorized)}")
-    return 1 if failed else 0
+        draw_grid(columns, args.out)
+        say(f"{args.out / 'grid.png'} shows {len(columns)} of {len(good)}")
+    return 1 if failed or unreadable else 0
 
 
-def draw_grid(columns, path):
-    """Draw the cells of these outcomes in bands of COLUMNS: grey, colorized and real, and a name."""
+def summarize(good, failed, others, args):
+    """The last line: how many, how well, and what was passed over."""
+    done = sum(outcome.job.done for outcome in good)
+    decibels = [outcome.psnr for outcome in good if outcome.psnr is not None]
+    parts = [f"{len(good) - done} colorized into {args.out}"]
+    if decibels:
+        parts.append(f"{np.mean(decibels):.2f} dB on the {len(decibels)} that had colour")
+    parts.append(f"{failed} failed")
+    if args.skip_existing:
+        parts.append(f"{done} done before")
+    line = ", ".join(parts)
+    if others:
+        kinds = [f"{count} {kind}" for kind, count in sorted(Counter(others).items())]
+        line += "; passed over: " + ", ".join(kinds)
+    return line
+
+
+def draw_grid(columns, out):
+    """Draw out/grid.png, the cells of these outcomes, each a column with its result's name."""
     font = ImageFont.load_default(16)
-    line = 24  # for the name, in pixels
+    line = 24  # of text, in pixels
     step = SIDE + 2
-    band = max(len(outcome.cells) for outcome in columns) * step + line
-    bands = math.ceil(len(columns) / COLUMNS)
-    width = min(len(columns), COLUMNS) * step
-    page = Image.new("RGB", (width, bands * band), "white")
+    bands = [columns[i : i + COLUMNS] for i in range(0, len(columns), COLUMNS)]
+    heights = [max(len(outcome.cells) for outcome in band) * step + line for band in bands]
+    width = len(bands[0]) * step
+    page = Image.new("RGB", (width, sum(heights)), "white")
     draw = ImageDraw.Draw(page)
-    for i, outcome in enumerate(columns):
-        x = i % COLUMNS * step
-        y = i // COLUMNS * band
-        for row, cell in enumerate(outcome.cells):
-            page.paste(cell, (x, y + row * step))
-        name = outcome.job.path.name
-        while font.getlength(name) > SIDE - 8:  # a long name keeps its end
-            name = name[1:]
-        draw.text((x + 2, y + band - line), name, "black", font)
-    with replacing(path, os.getpid()) as part:
+    top = 0
+    for band, height in zip(bands, heights):
+        for i, outcome in enumerate(band):
+            for row, cell in enumerate(outcome.cells):
+                page.paste(cell, (i * step, top + row * step))
+            name = outcome.job.path.relative_to(out).as_posix()
+            while font.getlength(name) > SIDE - 8:  # a long name keeps its end
+                name = name[1:]
+            draw.text((i * step + 2, top + height - line), name, "black", font)
+        top += height
+    with replacing(out / "grid.png", os.getpid()) as part:
         page.save(part, "PNG")
 
 
@@ -301,25 +347,30 @@ def draw_grid(columns, path):
 def parse_args(argv=None):
     """The options as a namespace; a wrong one ends the program with one line and status 2."""
     parser = Parser(__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "input", type=Path, nargs="+",
         help="pictures, or folders, sub-folders included")
-    parser.add_argument(
+    add(
         "out", type=Path,
         help="folder for the colorized pictures and the grid")
-    parser.add_argument(
-        "--ckpt", type=Path, default=Path(__file__).with_name("g.pt"),
+    add(
+        "--ckpt", type=Path, default=Path(__file__).resolve().with_name("g.pt"),
         help="g.pt of train.py")
-    parser.add_argument(
+    add(
         "--strength", type=number(float, 0, 10), default=1.0,
         help="of the colour: 0 for none")
-    parser.add_argument(
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
         "--skip-existing", action="store_true",
-        help="leave out pictures that have their output")
-    parser.add_argument(
+        help="keep results that are there already, whoever made them")
+    existing.add_argument(
+        "--overwrite", action="store_true",
+        help="replace results that are there already")
+    add(
         "--grid", type=number(int, 0, 1000), default=8, metavar="N",
         help="pictures to show in OUT/grid.png; 0 for no grid")
-    parser.add_argument(
+    add(
         "--device", default="auto",
         help="auto, cpu, mps, cuda or cuda:N")
     return parser.parse_intermixed_args(argv)  # options may stand anywhere
