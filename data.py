@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +51,6 @@ UPRIGHT = {  # how to turn a picture of this orientation (EXIF 2.3, 4.6.4 A)
 }
 BICUBIC = Image.Resampling.BICUBIC
 EXIF_PREFIX = b"Exif\0\0"
-EXIF_LIMIT = 65_533  # bytes that a segment of JPEG holds
 
 
 class UsageError(Exception):
@@ -163,7 +162,7 @@ class Photos:
             raise UsageError(f"--data {data}: too many identical images to split them in three")
         self.train, self.val, self.test = map(torch.tensor, parts)
         self.contents = _digest(list(digests.values()))
-        self.test_means = [round(float(image.mean()), 1) for image in images[parts[2]]]
+        self.test_means = images[parts[2]].mean((1, 2, 3)).round(1).tolist()
         self.images = torch.from_numpy(images)
         if self.device.type == "cuda":
             free_memory, _ = torch.cuda.mem_get_info(self.device)
@@ -177,14 +176,12 @@ class Photos:
         whose L is random_grey's; half that share of crops, drawn independently, lies on paper.
         Returns L (N, 1, size, size) and ab (N, 2, size, size).
         """
-        images = self.images[rows.to(self.images.device)].permute(0, 3, 1, 2)
+        images = self.images[rows.to(self.images.device)].to(self.device)
+        images = images.permute(0, 3, 1, 2) / 255
         if crop:
-            rgb = random_crops(images.to(self.device) / 255, self.size, paper=aged / 2)
+            rgb = random_crops(images, self.size, paper=aged / 2)
         else:
-            # Scaled where the images are: MPS had no antialiased bicubic before torch 2.8.
-            sides = (self.size, self.size)
-            rgb = F.interpolate(images / 255, sides, mode="bicubic", antialias=True)
-            rgb = rgb.clamp(0, 1).to(self.device)
+            rgb = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         lab = rgb_to_lab(rgb.clamp_max(1))
         if aged:
             # Of rgb as it is: paper is whiter than 1, and fades to white.
@@ -201,7 +198,7 @@ def usable(data, names, images):
         # What is broken was left black by decode.
         bad = [name for name, image in zip(names, images) if not image.any()]
         say(f"{len(bad)} of {len(names)} images left out, broken or all black (delete {CACHE}/ to "
-            f"try again): {', '.join(bad)}")
+            f"try again): {', '.join(map(str, bad))}")
     if len(good) < 10:
         raise UsageError(f"--data {data}: {len(good)} readable images, at least 10 are needed; an "
                          f"archive is to be unpacked; links to folders are not entered; a missing "
@@ -335,8 +332,9 @@ def read_picture(path):
         image.load()
         image, exif = upright(image)
 
+    # More EXIF than a segment of JPEG holds cannot be written.
     metadata = {}
-    if 0 < len(exif) <= EXIF_LIMIT:
+    if 0 < len(exif) <= 65_533:
         metadata["exif"] = exif
     # One dot an inch is Pillow's word for a TIFF without a resolution.
     dpi = image.info.get("dpi", (1, 1))
@@ -344,14 +342,7 @@ def read_picture(path):
         metadata["dpi"] = dpi
     profile = image.info.get("icc_profile")
 
-    # 16 bits, which Image.convert would saturate at 255.
-    if image.mode.startswith("I"):
-        levels = np.rint(np.asarray(image) * np.float32(255 / 65535))
-        image = Image.fromarray(levels.astype(np.uint8))
-
-    # Grey that was multiplied by its alpha.
-    if image.mode == "La":
-        image = image.convert("LA")
+    image = unpack(image)
 
     # Alpha that hides nothing, or everything, is none: the picture is what there is to see.
     alpha = None
@@ -370,6 +361,18 @@ def read_picture(path):
         hidden = alpha.point([255] + 255 * [0])
         image.paste("white", mask=hidden)
     return Picture(image, alpha, metadata)
+
+
+def unpack(image):
+    """An image of a mode that Image.convert knows how to convert."""
+    # 16 bits, which it would saturate at 255.
+    if image.mode.startswith("I"):
+        levels = np.rint(np.asarray(image) * np.float32(255 / 65535))
+        return Image.fromarray(levels.astype(np.uint8))
+    # Grey that was multiplied by its alpha.
+    if image.mode == "La":
+        return image.convert("LA")
+    return image
 
 
 def refuse_misread(image):
@@ -431,10 +434,10 @@ def take_orientation(exif):
     struct.error for bytes that are no EXIF.
     """
     exif = bytearray(exif.removeprefix(EXIF_PREFIX).removeprefix(EXIF_PREFIX))
-    order = ">" if exif.startswith(b"MM") else "<"  # of bytes, Motorola's or Intel's
-    name, magic, directory = struct.unpack_from(f"{order}2sHI", exif)
-    if name not in (b"II", b"MM") or magic != 42:
+    if exif[:4] not in (b"II*\0", b"MM\0*"):
         raise struct.error("no TIFF header")
+    order = "<" if exif.startswith(b"II") else ">"  # of bytes, Intel's or Motorola's
+    (directory,) = struct.unpack_from(f"{order}I", exif, 4)
 
     orientation = None
     (count,) = struct.unpack_from(f"{order}H", exif, directory)
@@ -494,15 +497,15 @@ class PythonFile(io.BufferedWriter):
         raise io.UnsupportedOperation
 
 
-def in_threads(function, items, threads, **pool_options):
-    """Yield function(item) for each item, in order.
+@contextmanager
+def in_threads(function, items, threads, **options):
+    """Yield an iterator of function(item) for each item, in order, computed ahead in threads.
 
-    For `with closing(...)`: when the loop over it ends, by Ctrl-C too, what has not begun is
-    cancelled, and what is under way is waited for.
+    At the end, by Ctrl-C too, what has not begun is cancelled, and what is under way waited for.
     """
-    pool = ThreadPoolExecutor(threads, **pool_options)
+    pool = ThreadPoolExecutor(threads, **options)
     try:
-        yield from pool.map(function, items)
+        yield pool.map(function, items)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -558,7 +561,7 @@ def download(folder):
 
 def refuse_folder(error):
     """A folder that cannot be read ends a training: without it the split would be another."""
-    raise UsageError(f"--data: {error.filename}: {error.strerror}") from error
+    raise UsageError(f"--data: {error.filename}: {error.strerror}")
 
 
 def decode_folder(folder, size):
@@ -579,18 +582,18 @@ def decode_folder(folder, size):
         stat = os.stat(folder / name)
         files.append((str(name), stat.st_size, stat.st_mtime_ns))
     cached = CACHE / f"{_digest((str(folder.resolve()), files))}-{size}.raw"
-    whole = len(names) * size * size * 3  # bytes
-    if not (cached.exists() and cached.stat().st_size == whole):
+    # A file of another size was cut off.
+    if not cached.exists() or cached.stat().st_size != len(names) * 3 * size**2:
         work = partial(decode, folder, size)
         with (replacing(cached, os.getpid()) as part, open(part, "wb") as file,
-              closing(in_threads(work, names, os.cpu_count())) as images):
+              in_threads(work, names, os.cpu_count()) as images):
             for done, image in enumerate(images, 1):
                 file.write(image)
                 live(f"decoding {done}/{len(names)} images")
         say(f"{len(names)} images decoded into {cached}")
     # "c", copy on write: torch wants writable memory, and the file must stay as it is.
     images = np.memmap(cached, np.uint8, "c").reshape(-1, size, size, 3)
-    return [name.as_posix() for name in names], images
+    return names, images
 
 
 def demo(size):

@@ -175,5 +175,5 @@ def pick_device(name):
         name = torch.accelerator.current_accelerator().type if found else "cpu"
     try:
         return torch.zeros(1, device=name).device
-    except Exception as error:  # torch has many ways to say so
-        raise UsageError(f"--device {name}: cannot be used here; try --device cpu") from error
+    except Exception:  # torch has many ways to say so
+        raise UsageError(f"--device {name}: cannot be used here; try --device cpu")

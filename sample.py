@@ -12,7 +12,6 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -171,11 +170,10 @@ def colorize_file(generator, size, strength, job):
         if job.done:
             return Outcome(job, cells=cells)
 
-        quality = None
+        # What alpha hides cannot be judged.
+        quality = psnr(image, result) if coloured and not alpha else None
         if alpha:
             result.putalpha(alpha)
-        elif coloured:
-            quality = psnr(image, result)
         options = metadata | SAVE[job.path.suffix.lower()]
         with replacing(job.path, os.getpid()) as part, PythonFile(open(part, "wb", 0)) as file:
             result.save(file, **options)
@@ -206,20 +204,8 @@ def plan(args):
         owners[folded(out / "grid.png")] = ("the grid (--grid 0: none)", None)
     others, unreadable = [], []
     for entry in args.input:
-        if not entry.exists():
-            raise UsageError(f"input {entry}: no such file or folder")
-        if entry.is_dir():
-            if out.resolve().is_relative_to(entry.resolve()):
-                raise UsageError(f"out {out}: is or lies in the input {entry}; name another")
-            folder = entry
-            names, passed_over = find_images(folder, unreadable.append)
-            others += passed_over
-        else:
-            folder = entry.parent
-            names = [Path(entry.name)]
-        if not any(map(is_picture, names)):
-            raise UsageError(f"input {entry}: {NO_PICTURE}")
-
+        folder, names, passed_over = pictures_of(entry, out, unreadable.append)
+        others += passed_over
         for name in names:
             source = folder / name
             path = out / name
@@ -227,31 +213,50 @@ def plan(args):
                 path = out / f"{name}.png"
             owner, owner_entry = owners.setdefault(folded(path), (source, entry))
             if owner != source:
-                remedy = "name their parent folder"
-                if owner_entry in (entry, None):
-                    remedy = "rename one"
+                within_one = owner_entry in (entry, None)
+                remedy = "rename one" if within_one else "name their parent folder"
                 raise UsageError(f"input {source} and {owner} would both become {path}; {remedy}")
             outputs[source] = path
 
-    # What is there is compared by its number, so that no spelling and no link leads to an input.
-    results = list(outputs.values())
-    if args.grid:
-        results.append(out / "grid.png")
-    existing = [path for path in results if os.path.exists(path)]
-    inputs = {identity(source): source for source in outputs}
-    for path in existing:
-        if identity(path) in inputs:
-            raise UsageError(f"out {out}: would replace the input {inputs[identity(path)]}; name "
-                             "another")
-    if existing and not args.skip_existing and not args.overwrite:
-        raise UsageError(f"out {existing[0]}: is there already; --skip-existing keeps it, "
-                         "--overwrite replaces it, or name another folder")
-
+    refuse_loss(outputs, args)
     jobs = []
     for source, path in outputs.items():
         done = args.skip_existing and os.path.exists(path)
         jobs.append(Job(source, path, shown=len(jobs) < args.grid, done=done))
     return jobs, others, unreadable
+
+
+def pictures_of(entry, out, unreadable):
+    """An input's folder, the names of its pictures there, and what find_images passed over."""
+    if not entry.exists():
+        raise UsageError(f"input {entry}: no such file or folder")
+    folder, names, passed_over = entry.parent, [Path(entry.name)], []
+    if entry.is_dir():
+        if out.resolve().is_relative_to(entry.resolve()):
+            raise UsageError(f"out {out}: is or lies in the input {entry}; name another")
+        folder = entry
+        names, passed_over = find_images(folder, unreadable)
+    if not any(map(is_picture, names)):
+        raise UsageError(f"input {entry}: {NO_PICTURE}")
+    return folder, names, passed_over
+
+
+def refuse_loss(outputs, args):
+    """UsageError where a result, or the grid, would replace an input, or without leave any file."""
+    results = list(outputs.values())
+    if args.grid:
+        results.append(args.out / "grid.png")
+    existing = [path for path in results if os.path.exists(path)]
+
+    # Files are compared by their numbers, so that no spelling and no link leads to an input.
+    inputs = {identity(source): source for source in outputs}
+    for path in existing:
+        if identity(path) in inputs:
+            raise UsageError(f"out {args.out}: would replace the input {inputs[identity(path)]}; "
+                             "name another")
+    if existing and not args.skip_existing and not args.overwrite:
+        raise UsageError(f"out {existing[0]}: is there already; --skip-existing keeps it, "
+                         "--overwrite replaces it, or name another folder")
 
 
 def folded(path):
@@ -279,7 +284,7 @@ def colorize_all(args):
     work = partial(colorize_file, generator, info["size"], args.strength)
     one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
     outcomes = []
-    with closing(in_threads(work, jobs, threads, **one_core)) as results:
+    with in_threads(work, jobs, threads, **one_core) as results:
         for outcome in results:
             outcomes.append(outcome)
             job = outcome.job

@@ -192,6 +192,7 @@ def train(run, photos, rank):
     args = run.args
     total = args.pretrain_epochs + args.epochs
     steps = len(photos.train) // args.batch_size
+    saved = -math.inf
     for epoch in range(run.epoch, total):
         # What L1 has reached is kept, to show what the critic adds. (Not if it is random.)
         if rank == 0 and epoch == args.pretrain_epochs:
@@ -239,8 +240,9 @@ def train(run, photos, rank):
             last = run.epoch == total
             if last or run.epoch % args.sample_every == 0:
                 draw([run.ema], photos, photos.val[:8], args.out / f"epoch-{run.epoch:04}.png")
-            if last or time.monotonic() - run.saved >= SAVE_SECONDS:
+            if last or time.monotonic() - saved >= SAVE_SECONDS:
                 run.save(photos)
+                saved = time.monotonic()
 
 
 def log_epoch(run, photos, means, speed):
@@ -429,7 +431,6 @@ class Run:
         self.log = []  # a row for each of them
         self.history = []  # the options of the runs that --init began from
         self.contents = None  # the digest of a resumed run's photographs
-        self.saved = -math.inf  # when, by time.monotonic
 
     def autocast(self):
         """The context of --amp, in which convolutions compute with 16 bits."""
@@ -467,13 +468,10 @@ class Run:
         """Write last.pt, and then what follows from it: a kill in between loses nothing."""
         state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
         state["options"] = self.options() | {"epoch": self.epoch}
-        state["history"] = self.history
-        state["log"] = self.log
-        state["contents"] = photos.contents
+        state |= {"history": self.history, "log": self.log, "contents": photos.contents}
         with replacing(self.args.out / "last.pt") as part:
             torch.save(state, part)
         self.save_results(photos)
-        self.saved = time.monotonic()
 
     def save_results(self, photos):
         """Write g.pt and log.csv. A log that cannot be written, as it is open, stops no run."""
@@ -490,9 +488,8 @@ class Run:
     def save_generator(self, name, photos):
         """Write the moving average as it is now, for load_generator."""
         options = self.options() | {"epoch": self.epoch}
-        checkpoint = {"generator": compact(self.ema.state_dict()), "size": self.args.size}
-        checkpoint["history"] = [*self.history, options]
-        checkpoint["test_means"] = photos.test_means
+        checkpoint = {"history": [*self.history, options], "test_means": photos.test_means}
+        checkpoint |= {"generator": compact(self.ema.state_dict()), "size": self.args.size}
         with replacing(self.args.out / name) as part:
             torch.save(checkpoint, part)
 
