@@ -70,7 +70,9 @@ def rgb_to_lab(rgb):
     rgb: (N, 3, H, W) float in [0, 1], gamma-encoded. Returns (N, 3, H, W): L in [0, 100], a in
     [-87, 99], b in [-108, 95].
     """
+    # The transfer curve of sRGB, undone.
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    # X, Y and Z as shares of the white point's.
     xyz = _multiply(XYZ_FROM_RGB / WHITE[:, None], linear)
     f = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116)
     fx, fy, fz = f.unbind(1)
@@ -102,6 +104,7 @@ def lab_to_rgb(lab, keep_lightness=False):
         room_above = (1 - grey) / offset.amax(1, keepdim=True).clamp_min(1e-8)
         room_below = grey / (-offset).amax(1, keepdim=True).clamp_min(1e-8)
         linear = grey + offset * torch.minimum(room_above, room_below).clamp_max(1)
+    # The transfer curve of sRGB.
     rgb = torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
     return rgb.clamp(0, 1)
 
@@ -155,6 +158,7 @@ class Photos:
             names, images = demo(stored)
         else:
             names, images = decode_folder(Path(data), stored)
+        # Identical images have equal digests, by which split keeps them together.
         good = usable(data, names, images)
         digests = {row: hashlib.sha256(images[row]).digest() for row in good}
         parts = split(good, digests)
@@ -163,6 +167,7 @@ class Photos:
         self.train, self.val, self.test = map(torch.tensor, parts)
         self.contents = _digest(list(digests.values()))
         self.test_means = images[parts[2]].mean((1, 2, 3)).round(1).tolist()
+        # A GPU with room for them is spared the way there in every step.
         self.images = torch.from_numpy(images)
         if self.device.type == "cuda":
             free_memory, _ = torch.cuda.mem_get_info(self.device)
@@ -581,6 +586,7 @@ def decode_folder(folder, size):
     for name in names:
         stat = os.stat(folder / name)
         files.append((str(name), stat.st_size, stat.st_mtime_ns))
+    # The cache is named by all that its content follows from.
     cached = CACHE / f"{_digest((str(folder.resolve()), files))}-{size}.raw"
     # A file of another size was cut off.
     if not cached.exists() or cached.stat().st_size != len(names) * 3 * size**2:
@@ -621,6 +627,7 @@ def demo(size):
 def say(text, file=None):
     """Print a line, in place of the live one; what could steer a terminal is escaped."""
     live("")
+    # A file's name may hold what recolours or erases the screen.
     shown = [char if char.isprintable() else repr(char)[1:-1] for char in str(text)]
     print("".join(shown), file=file, flush=True)
 

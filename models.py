@@ -170,6 +170,7 @@ def to_device(network, device):
 
 def pick_device(name):
     """torch.device for --device; auto: the accelerator, or else the CPU. Raises UsageError."""
+    # Trying is the only way to know that a device can be used.
     if name == "auto":
         found = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator().type if found else "cpu"

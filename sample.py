@@ -27,7 +27,8 @@ from data import (
     run_command, say)
 from models import load_generator, pick_device
 
-STRIP = 65_536  # pixels converted at once: what fits in a processor's cache
+# Pixels that are converted at once: what fits in a processor's cache.
+STRIP = 65_536
 COLUMNS = 8  # of the grid
 SIDE = 256  # of its cells, in pixels
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
@@ -52,6 +53,7 @@ def colorize(generator, image, size, strength=1.0):
     image: as read_picture returns it, L or RGB of any size; size: the network's; strength: ab is
     multiplied by it. Returns an RGB image as large as image.
     """
+    # The network predicts a and b at its own size; of its square the picture fills a part.
     small, inside = network_input(image, size)
     L, _ = normalize(rgb_to_lab(to_tensor(small)))
     ab = generator(L.to(generator.head.weight.device))[0].cpu() * AB_RANGE * strength
@@ -87,6 +89,7 @@ def network_input(image, size):
     columns = max(1, round(size * min(1, 1.5 * width / height)))
     small = image.resize((columns, rows), BICUBIC).convert("RGB")
 
+    # The rest of the square, halved, lies on both sides of it.
     above = (size - rows) // 2
     left = (size - columns) // 2
     below = size - rows - above
@@ -152,12 +155,14 @@ def colorize_file(generator, size, strength, job):
     try:
         if job.done and not job.shown:
             return Outcome(job)
+        # A result that is kept is read again, so that the grid shows it, too.
         image, alpha, metadata = read_picture(job.source)
         if job.done:
             result = read_picture(job.path).image
         else:
             result = colorize(generator, image, size, strength)
 
+        # As many pixels as the network sees are enough to tell a colour photograph.
         small, _ = network_input(image, size)
         coloured = has_colour(to_tensor(small))
         cells = ()
@@ -180,7 +185,8 @@ def colorize_file(generator, size, strength, job):
         return Outcome(job, None, quality, cells)
     except UnidentifiedImageError:
         return Outcome(job, NO_PICTURE)
-    except Exception as error:  # a broken file can raise anything; no space, no memory
+    except Exception as error:
+        # A broken file can raise anything; so can a full disk, or too little memory.
         said = str(error) or type(error).__name__
         return Outcome(job, said.splitlines()[0])
 
@@ -211,6 +217,7 @@ def plan(args):
             path = out / name
             if path.suffix.lower() not in SAVE:
                 path = out / f"{name}.png"
+            # Two results of one name would be one file.
             owner, owner_entry = owners.setdefault(folded(path), (source, entry))
             if owner != source:
                 within_one = owner_entry in (entry, None)
@@ -279,7 +286,7 @@ def colorize_all(args):
     for error in unreadable:
         say(error, sys.stderr)
 
-    # In threads: one a core, each with torch on that core; but MPS crashes with two.
+    # One thread a core, and in each torch on that core alone; but MPS crashes with two.
     threads = 1 if device.type == "mps" else torch.get_num_threads()
     work = partial(colorize_file, generator, info["size"], args.strength)
     one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
@@ -333,13 +340,15 @@ def draw_grid(columns, out):
     width = len(bands[0]) * step
     page = Image.new("RGB", (width, sum(heights)), "white")
     draw = ImageDraw.Draw(page)
+    # Bands below each other, each as high as its own pictures need.
     top = 0
     for band, height in zip(bands, heights):
         for i, outcome in enumerate(band):
             for row, cell in enumerate(outcome.cells):
                 page.paste(cell, (i * step, top + row * step))
             name = outcome.job.path.relative_to(out).as_posix()
-            while font.getlength(name) > SIDE - 8:  # a long name keeps its end
+            # A long name keeps its end.
+            while font.getlength(name) > SIDE - 8:
                 name = name[1:]
             draw.text((i * step + 2, top + height - line), name, "black", font)
         top += height
@@ -378,13 +387,15 @@ def parse_args(argv=None):
     add(
         "--device", default="auto",
         help="auto, cpu, mps, cuda or cuda:N")
-    return parser.parse_intermixed_args(argv)  # options may stand anywhere
+    # Options may stand anywhere, also between the inputs.
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv=None):
     """Run the command line. Returns the exit status."""
     args = parse_args(argv)
-    warnings.simplefilter("ignore")  # of Pillow, on odd files
+    # Pillow warns of odd files; what matters of that becomes a line of ours.
+    warnings.simplefilter("ignore")
     return run_command(colorize_all, args, "--skip-existing goes on")
 
 

@@ -283,6 +283,7 @@ def colourfulness(images):
 
     Returns (N,): 0 is grey, 109 extremely colourful.
     """
+    # Red against green, and yellow against blue.
     r, g, b = images.float().flatten(2).unbind(1)
     rg = r - g
     yb = (r + g) / 2 - b
@@ -293,9 +294,11 @@ def colourfulness(images):
 
 def ab_histogram(images):
     """Share of each image's pixels in cells of 10 x 10 of a, b: (N, 3, H, W) uint8 to (N, 529)."""
+    # -110 to 110 become 0 to 22, the row and the column of a pixel's cell.
     ab = rgb_to_lab(images / 255)[:, 1:]
-    a, b = (ab / 10 + 11).round().long().flatten(2).unbind(1)  # -110 to 110 become 0 to 22
-    share = torch.full(a.shape, 1 / a.shape[1], device=images.device)  # of one pixel
+    a, b = (ab / 10 + 11).round().long().flatten(2).unbind(1)
+    # Each pixel adds its share to its cell.
+    share = torch.full(a.shape, 1 / a.shape[1], device=images.device)
     histogram = torch.zeros(len(a), 23 * 23, device=images.device)
     return histogram.scatter_add(1, 23 * a + b, share)
 
@@ -358,6 +361,8 @@ def report(generators, photos, out=None):
         rows.append((f"{name}, aged photographs", generator, 1.0))
 
     lines = describe(generators, photos)
+
+    # Every row is compared with no colour, image by image.
     column = max(len(name) for name, _, _ in rows) + 2
     title = f"{len(photos.test)} test images at {photos.size} x {photos.size}"
     lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  mix error  worse than no colour")
@@ -419,11 +424,12 @@ class Run:
     def __init__(self, args, device):
         self.args = args
         self.device = device
+        # The same seed begins with the same networks, on all processes.
         torch.manual_seed(args.seed)
         self.generator = to_device(UNet(args.width), device)
         self.critic = to_device(PatchCritic(args.width), device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        # beta1 is pix2pix's, beta2 WGAN-GP's, whose beta1 is 0.
+        # Adam's beta1 is pix2pix's, beta2 WGAN-GP's, whose beta1 is 0.
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), betas=(0.5, 0.9))
         self.optimizer_c = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9))
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -502,10 +508,11 @@ class Run:
             self.log = checkpoint["log"]
             self.history = checkpoint["history"]
             self.contents = checkpoint["contents"]
+        # Another option would not be the same run.
         for name, value in self.options().items():
             if saved.get(name, value) != value:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {path.parent} has "
-                                 f"{saved[name]}; resume with that, or start another --out")
+                raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {path.parent} "
+                                 f"has {saved[name]}; resume with that, or start another --out")
         with loading(path):
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(checkpoint[name])
@@ -626,6 +633,7 @@ def parse_args(argv=None):
         "--eval", type=Path, nargs="+", metavar="CKPT",
         help="train nothing: evaluate these on the test part of --data")
 
+    # What no single option can tell is refused here, before anything is read.
     args = parser.parse_args(argv)
     if args.size % 16:
         parser.error(f"--size {args.size}: must be a multiple of 16")
@@ -675,6 +683,7 @@ def start(args):
     if args.batch_size % args.nproc_per_node or args.batch_size > len(photos.train):
         raise UsageError(f"--batch-size {args.batch_size}: must be at most {len(photos.train)} "
                          f"(training images) and a multiple of {args.nproc_per_node} (processes)")
+
     # Loop: the folder is made now, so as not to fail after an epoch.
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -698,6 +707,7 @@ def evaluate(args):
     if os.environ.get("RANK", "0") != "0":
         return
     device = pick_device(args.device)
+    # One table is of one set of test images, at one size.
     generators = {str(path): load_generator(path, device) for path in args.eval}
     sizes = sorted({info["size"] for _, info in generators.values()})
     if len(sizes) > 1:
