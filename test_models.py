@@ -1857,7 +1857,7 @@ def lightness_of(image):
 
 
 def noise(size, seed=0, below=256):
-    """A picture that nothing packs well."""
+    """A picture of random levels, which no format packs well."""
     width, height = size
     levels = np.random.RandomState(seed).randint(0, below, (height, width, 3), np.uint8)
     return Image.fromarray(levels)
@@ -2059,7 +2059,7 @@ def test_other_formats_in_a_folder_are_passed_over_and_counted(sample_py, capsys
 
 
 @pytest.mark.parametrize("format", ["tga", "jpeg2000", "ico", "pcx"])
-def test_another_format_under_a_picture_s_name_is_named_with_the_remedy(format, sample_py, capsys):
+def test_another_format_under_a_pictures_name_is_named_with_the_remedy(format, sample_py, capsys):
     COLOUR.save("a.jpg", format)
 
     assert sample_py("a.jpg out") == 1
@@ -2071,7 +2071,7 @@ def test_another_format_under_a_picture_s_name_is_named_with_the_remedy(format, 
 
 
 @pytest.mark.parametrize("format", ["tga", "jpeg2000", "ico", "pcx"])
-def test_another_format_under_a_picture_s_name_is_not_trained_on(format, capsys):
+def test_another_format_under_a_pictures_name_is_not_trained_on(format, capsys):
     folder = make_photos("photos")
     COLOUR.save(folder / "foreign.jpg", format)
 
@@ -2285,7 +2285,7 @@ def test_a_broken_picture_is_named_and_makes_the_status_1(sample_py, capsys):
 
 
 def test_the_last_line_has_the_mean_of_the_figures(sample_py, capsys):
-    # Darker ones have less to get wrong: the mean is far from the median.
+    # The darker they are, the less is lost: three figures whose mean is not their median.
     for i in range(3):
         put(noise((40, 30), i, below=256 // (i + 1)), f"in/{i}.png")
 
@@ -2392,17 +2392,23 @@ def test_the_grids_grey_has_every_level(sample_py):
     assert np.array_equal(cell(grid(), 0, 0), pixels("in/a.png"))
 
 
-def test_a_picture_is_shown_whole_on_white_and_no_row_is_left_of_a_grey_one(sample_py):
+def test_a_picture_that_is_no_square_is_shown_whole_on_white(sample_py):
     put(Image.new("L", (30, 20), 100), "in/a.png")
+
+    assert sample_py("in out") == 0
+
+    shown = cell(grid(), 0, 0)
+    assert (shown[0] == 255).all()
+    assert (shown[128] == 100).all()
+
+
+def test_beside_a_colour_picture_a_grey_one_has_no_photograph(sample_py):
+    put(GREY, "in/a.png")
     put(COLOUR, "in/b.png")
 
     assert sample_py("in out") == 0
 
-    page = grid()
-    assert (cell(page, 0, 0)[0] == 255).all()
-    assert (cell(page, 0, 0)[128, 128] == 100).all()
-    # The place of a photograph in colour.
-    assert (cell(page, 0, 2) == 255).all()
+    assert (cell(grid(), 0, 2) == 255).all()
 
 
 def test_a_broken_picture_has_no_column(sample_py, capsys):
@@ -2553,6 +2559,17 @@ def test_out_is_not_the_input_and_does_not_lie_in_it(command, sample_py, refused
     refused(sample_py, command, f"out {out}: is or lies in the input")
 
 
+def test_skip_existing_takes_any_file_of_a_results_name_for_done(sample_py, capsys):
+    put(COLOUR, "in/a.png")
+    Path("out").mkdir()
+    Path("out/a.png").write_bytes(b"made by somebody else")
+
+    assert sample_py("in out --skip-existing --grid 0") == 0
+
+    assert capsys.readouterr().out == "0 colorized into out, 0 failed, 1 done before\n"
+    assert Path("out/a.png").read_bytes() == b"made by somebody else"
+
+
 def copy_of(folder, names, to):
     """Copy files from one folder into another."""
     Path(to).mkdir()
@@ -2579,7 +2596,7 @@ def test_skip_existing_draws_jpegs_into_the_grid_up_to_their_rounding(sample_py)
 
     assert sample_py("in stopped --skip-existing") == 0
 
-    # A grid of another colour or of another picture is tens of levels away.
+    # Of 256 levels: JPEG loses one or two in the mean, and other colours are tens away.
     assert np.abs(grid("stopped") - grid("whole")).mean() < 3
     assert grid("stopped").shape == grid("whole").shape
 
@@ -2669,9 +2686,9 @@ def png(levels, depth, transparent):
 
     chunks = ((b"IHDR", header), (b"tRNS", key), (b"IDAT", content), (b"IEND", b""))
     blob = b"\x89PNG\r\n\x1a\n"
-    for kind, body in chunks:
-        blob += struct.pack(">I", len(body)) + kind + body
-        blob += struct.pack(">I", zlib.crc32(kind + body))
+    for name, body in chunks:
+        blob += struct.pack(">I", len(body)) + name + body
+        blob += struct.pack(">I", zlib.crc32(name + body))
     return blob
 
 
@@ -2887,7 +2904,7 @@ for size in ((1, 1), (1, 300), (900, 2)):
     shape = GREY.resize(size)
     kind("{}-{}.png".format(*size), saved(shape, "png"), shape)
 
-# Turned, in every kind of which Pillow or the scripts treat the turning otherwise.
+# Turned, in the kinds that Pillow turns in ways of their own: a TIFF inside load().
 TURNS = {  # the orientations of EXIF (2.3, 4.6.4 A), as Pillow calls the way back
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -2897,22 +2914,31 @@ TURNS = {  # the orientations of EXIF (2.3, 4.6.4 A), as Pillow calls the way ba
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-for orientation, turn in TURNS.items():
-    turned = Image.Exif()
-    turned[0x0112] = orientation
-    upright = COLOUR.transpose(turn)
-    upright_grey = GREY.transpose(turn)
-    upright_mask = MASK.transpose(turn)
+
+
+def enter_turned(orientation):
+    """Enter a picture of this orientation in each kind."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turn = TURNS[orientation]
+    colour = COLOUR.transpose(turn)
+    grey = GREY.transpose(turn)
+    mask = MASK.transpose(turn)
+    deep = Image.fromarray(DEEP)
+
     name = f"turned-{orientation}"
-    kind(f"{name}.jpg", saved(COLOUR, "jpeg", exif=turned), upright, loss=JPEG_LOSS)
-    kind(f"{name}.png", saved(COLOUR, "png", exif=turned), upright)
-    kind(f"{name}-grey.tif", saved(GREY, "tiff", exif=turned), upright_grey)
-    kind(f"{name}-16-bit.tif", saved(Image.fromarray(DEEP), "tiff", exif=turned), upright_grey)
-    kind(f"{name}-alpha.tif", saved(CUT_OUT, "tiff", exif=turned),
-         on_white(upright, upright_mask), upright_mask)
-    kind(f"{name}-cmyk.tif", saved(CMYK, "tiff", exif=turned), upright)
-    kind(f"{name}-palette.tif", saved(PALETTE, "tiff", exif=turned), SIXTEEN.transpose(turn))
-    kind(f"{name}-lzw.tif", saved(COLOUR, "tiff", exif=turned, compression="tiff_lzw"), upright)
+    kind(f"{name}.jpg", saved(COLOUR, "jpeg", exif=exif), colour, loss=JPEG_LOSS)
+    kind(f"{name}.png", saved(COLOUR, "png", exif=exif), colour)
+    kind(f"{name}-grey.tif", saved(GREY, "tiff", exif=exif), grey)
+    kind(f"{name}-16-bit.tif", saved(deep, "tiff", exif=exif), grey)
+    kind(f"{name}-alpha.tif", saved(CUT_OUT, "tiff", exif=exif), on_white(colour, mask), mask)
+    kind(f"{name}-cmyk.tif", saved(CMYK, "tiff", exif=exif), colour)
+    kind(f"{name}-palette.tif", saved(PALETTE, "tiff", exif=exif), SIXTEEN.transpose(turn))
+    kind(f"{name}-lzw.tif", saved(COLOUR, "tiff", exif=exif, compression="tiff_lzw"), colour)
+
+
+for orientation in TURNS:
+    enter_turned(orientation)
 
 every_picture = pytest.mark.parametrize("name", PICTURES)
 
@@ -2984,8 +3010,11 @@ def test_a_result_keeps_its_pictures_lightness(name, colorized):
     assert np.abs(error).max() < 2 * picture.loss + 0.7
 
 
-@pytest.mark.parametrize("name", PICTURES.keys() - {"1-1.png", "bit.png", "bit-g4.tif",
-                                                    "key-grey-1.png"})
+# Black and white, and this one pixel, have no colour whatever the network says.
+COLOURLESS = ("1-1.png", "bit.png", "bit-g4.tif", "key-grey-1.png")
+
+
+@pytest.mark.parametrize("name", [name for name in PICTURES if name not in COLOURLESS])
 def test_a_result_is_coloured_where_it_is_neither_black_nor_white(name, colorized):
     result = pixels(result_of(colorized, name))
 
@@ -3114,8 +3143,9 @@ def test_what_the_results_format_cannot_hold_is_named(sample_py, capsys):
 
     assert sample_py("a.jpg out") == 1
 
-    assert "a.jpg: not colorized: " in (said := capsys.readouterr().err)
-    assert "cannot write mode RGBA as JPEG" in said
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("a.jpg: not colorized: ")
+    assert "cannot write mode RGBA as JPEG" in line
     assert not tree("out")
 
 
@@ -3124,6 +3154,10 @@ def test_what_the_results_format_cannot_hold_is_named(sample_py, capsys):
 EXIF_HEADER = b"Exif\0\0"
 TEXT = "© José Müller, Bärbels Rosen".encode() + b"\0"
 MAKER_NOTE = bytes(range(256))
+
+
+# Types of TIFF, and what struct calls them.
+INTEGERS = {8: (1, "B"), 16: (3, "H"), 32: (4, "I")}
 
 
 def exif(order="<", orientation=1, bits=16, odd=b"", more=b""):
@@ -3136,11 +3170,10 @@ def exif(order="<", orientation=1, bits=16, odd=b"", more=b""):
     # Behind the header, the entries and the 0 that ends them.
     text_at = 8 + 2 + 12 * count + 4
     note_at = text_at + len(TEXT)
-    if bits == 16:
-        # The two bytes that are left over in its place may be anything.
-        value = struct.pack(f"{order}HHIH2s", 0x0112, 3, 1, orientation, b"\xab\xcd")
-    else:
-        value = struct.pack(f"{order}HHII", 0x0112, 4, 1, orientation)
+    # What a short number leaves of its four bytes may be anything.
+    type_of_tag, letter = INTEGERS[bits]
+    number = struct.pack(f"{order}{letter}", orientation).ljust(4, b"\xab")
+    value = struct.pack(f"{order}HHI", 0x0112, type_of_tag, 1) + number
     description = struct.pack(f"{order}HHII", 0x010E, 2, len(TEXT), text_at)
     note = struct.pack(f"{order}HHII", 0x927C, 7, len(MAKER_NOTE), note_at)
     entries = description + value + odd + note
@@ -3149,69 +3182,82 @@ def exif(order="<", orientation=1, bits=16, odd=b"", more=b""):
     return header + entries + bytes(4) + TEXT + MAKER_NOTE + more
 
 
-ORDERS = {"II": "<", "MM": ">"}
 EXIF_SUFFIXES = (".jpg", ".png", ".webp")
+
+
+def exif_files():
+    """Of every file of with_exif the order of its bytes, the bits of its orientation, and that."""
+    files = {}
+    for suffix in EXIF_SUFFIXES:
+        for name, order in (("II", "<"), ("MM", ">")):
+            for bits in (16, 32):
+                for orientation in range(1, 9):
+                    files[f"{name}-{bits}-{orientation}{suffix}"] = (order, bits, orientation)
+    return files
+
+
+EXIF_FILES = exif_files()
+every_exif = pytest.mark.parametrize("name", EXIF_FILES)
 
 
 @pytest.fixture(scope="module")
 def with_exif(ckpt, tmp_path_factory):
-    """A folder with pictures of every kind of orientation in in/, and their results in out/."""
+    """A folder with the pictures of EXIF_FILES in its in/, and their results in its out/."""
     folder = tmp_path_factory.mktemp("exif")
     (folder / "in").mkdir()
-    for order in ORDERS:
-        for bits in (16, 32):
-            for orientation in range(1, 9):
-                for suffix in EXIF_SUFFIXES:
-                    made = exif(ORDERS[order], orientation, bits)
-                    path = folder / "in" / f"{order}-{bits}-{orientation}{suffix}"
-                    COLOUR.save(path, exif=EXIF_HEADER + made)
+    for name, (order, bits, orientation) in EXIF_FILES.items():
+        made = exif(order, orientation, bits)
+        COLOUR.save(folder / "in" / name, exif=EXIF_HEADER + made)
     sample.main([f"{folder}/in", f"{folder}/out", "--ckpt", ckpt, "--grid", "0"])
     return folder
 
 
-def every_exif(test):
-    """Run a test on each of the pictures of with_exif."""
-    for name, values in (
-            ("suffix", EXIF_SUFFIXES), ("order", ORDERS), ("bits", (16, 32)),
-            ("orientation", range(1, 9))):
-        test = pytest.mark.parametrize(name, values)(test)
-    return test
+def turned_by_hand(folder, name):
+    """A picture of with_exif as it is to be seen."""
+    # Pillow opens it as it lies: only a TIFF comes turned.
+    image = Image.open(folder / "in" / name)
+    _, _, orientation = EXIF_FILES[name]
+    if orientation == 1:
+        return image
+    return image.transpose(TURNS[orientation])
 
 
 @every_exif
-def test_exif_is_kept_byte_for_byte_but_for_its_orientation(
-        suffix, order, bits, orientation, with_exif):
-    expected = exif(ORDERS[order], 1, bits)
+def test_exif_is_kept_byte_for_byte_but_for_its_orientation(name, with_exif):
+    order, bits, _ = EXIF_FILES[name]
+    expected = exif(order, 1, bits)
 
-    blob = Path(with_exif, f"out/{order}-{bits}-{orientation}{suffix}").read_bytes()
+    blob = Path(with_exif, "out", name).read_bytes()
 
     assert blob.count(expected) == 1
 
 
 @every_exif
-def test_a_picture_is_turned_as_its_exif_says(suffix, order, bits, orientation, with_exif):
-    path = Path(with_exif, f"in/{order}-{bits}-{orientation}{suffix}")
-    # Pillow opens these as they lie.
-    expected = Image.open(path)
-    if orientation > 1:
-        expected = expected.transpose(TURNS[orientation])
+def test_a_picture_is_turned_as_its_exif_says(name, with_exif):
+    expected = turned_by_hand(with_exif, name)
 
-    read = data.read_picture(path).image
-    seen = data.decode(path.parent, 16, path.name)
+    read = data.read_picture(with_exif / "in" / name).image
 
     assert np.array_equal(pixels(read), pixels(expected))
+
+
+@every_exif
+def test_training_sees_a_picture_turned_as_its_exif_says(name, with_exif):
+    expected = turned_by_hand(with_exif, name)
+
+    seen = data.decode(with_exif / "in", 16, name)
+
     assert np.array_equal(seen, expected.resize((16, 16), Image.Resampling.BICUBIC))
 
 
 @every_exif
-def test_a_result_lies_as_its_picture_is_seen(suffix, order, bits, orientation, with_exif):
-    name = f"{order}-{bits}-{orientation}{suffix}"
+def test_a_result_lies_as_its_picture_is_seen(name, with_exif):
+    expected = turned_by_hand(with_exif, name)
 
     result = with_exif / "out" / name
 
-    read = data.read_picture(with_exif / "in" / name).image
-    # JPEG, at quality 95.
-    assert np.abs(lightness_of(result) - lightness_of(read)).max() < 3
+    # JPEG, at quality 95. Turned otherwise, it would be tens of L* off.
+    assert np.abs(lightness_of(result) - lightness_of(expected)).max() < 3
 
 
 def test_text_in_exif_stays_readable_for_others(with_exif):
@@ -3220,6 +3266,17 @@ def test_text_in_exif_stays_readable_for_others(with_exif):
     # Pillow has it as Latin-1.
     description = result.getexif()[0x010E].encode("latin-1")
     assert description.decode() == "© José Müller, Bärbels Rosen"
+
+
+def test_an_orientation_of_another_type_turns_nothing_and_stays(sample_py):
+    # A byte, which EXIF does not allow: turned and kept, it would turn the picture twice.
+    made = exif(orientation=6, bits=8)
+    COLOUR.save("a.png", exif=EXIF_HEADER + made)
+
+    assert sample_py("a.png out --grid 0") == 0
+
+    assert Image.open("out/a.png").size == COLOUR.size
+    assert made in Path("out/a.png").read_bytes()
 
 
 # Pillow reads a width that is a fraction, and cannot write it.
@@ -3236,14 +3293,22 @@ def test_a_tag_that_pillow_cannot_write_stops_no_picture(sample_py):
     assert exif(orientation=1, odd=FRACTION) in Path("out/a.jpg").read_bytes()
 
 
-# No header; cut within its entries; a directory beyond its end.
-GARBAGE = [b"no EXIF at all", exif(orientation=6)[:30], b"II*\0\xff\xff\xff\x7f", b"MM"]
+GARBAGE = [
+    b"no EXIF at all",
+    # Cut within the header and within the entries; a directory beyond the end.
+    b"MM",
+    exif(orientation=6)[:30],
+    b"II*\0\xff\xff\xff\x7f",
+    # Whole, but of no known order of bytes, and of another version.
+    b"XX" + exif(orientation=6)[2:],
+    b"II+\0" + exif(orientation=6)[4:],
+]
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("suffix", EXIF_SUFFIXES)
 def test_exif_that_cannot_be_read_costs_the_exif_and_not_the_picture(suffix, garbage, sample_py):
-    # With a resolution: without one, Pillow would look for it in the EXIF, and forgive.
+    # With a resolution: without one, Pillow looks for it in the EXIF, and forgives.
     COLOUR.save(f"a{suffix}", dpi=(300, 300), exif=EXIF_HEADER + garbage)
 
     assert sample_py(f"a{suffix} out --grid 0") == 0
@@ -3493,6 +3558,7 @@ def test_a_full_disk_leaves_no_cut_off_checkpoint(full_disk, capsys):
     make_photos("photos")
     data.Photos("photos", 32)
 
+    # Between the sizes of the epoch's picture and of last.pt.
     full_disk(150_000)
     assert train_py(PRE) == 1
 
@@ -3503,6 +3569,7 @@ def test_a_full_disk_leaves_no_cut_off_checkpoint(full_disk, capsys):
 def test_a_full_disk_leaves_no_cut_off_cache(full_disk, refused):
     make_photos("photos")
 
+    # Less than 20 images of 48 x 48.
     full_disk(100_000)
 
     refused(train_py, PRE, "cannot write cache/", status=1)
@@ -3515,6 +3582,7 @@ def test_a_full_disk_leaves_no_cut_off_picture(suffix, full_disk, sample_py, cap
     put(GREY, f"out/a{suffix}")
     before = tree()
 
+    # Less than 40,000 random levels take in any format.
     full_disk(10_000)
     assert sample_py("in out --overwrite --grid 0") == 1
 
@@ -3618,15 +3686,12 @@ def test_mistakes_of_train_py_are_one_line_that_names_the_last_option(command, r
 
 @pytest.mark.parametrize("option", [
     "--device gpu", "--size 3", "--grid -1", "--grid 1001", "--strength -1", "--strength 11",
-    "--strength nan", "--ckpt none.pt", "--ckpt file"])
-def test_mistakes_of_sample_py_are_one_line_that_names_them(option, sample_py, refused):
+    "--strength nan"])
+def test_mistakes_of_sample_py_are_one_line_that_names_the_option(option, sample_py, refused):
     put(COLOUR, "in/a.png")
-    Path("file").touch()
-    flag, value = option.split()
-    # Of a checkpoint its file says more than the flag.
-    named = value if flag == "--ckpt" else flag
 
-    refused(sample_py, f"in out {option}", named)
+    flag, _ = option.split()
+    refused(sample_py, f"in out {option}", flag)
 
 
 def test_an_input_that_is_not_there_is_named(sample_py, refused):
@@ -3692,7 +3757,7 @@ def test_two_pictures_of_one_input_with_a_result_of_one_name_are_told_to_rename(
 
 
 @pytest.mark.parametrize("name", ["grid.png", "GRID.PNG"])
-@pytest.mark.parametrize("command", ["in out", "in/{} out"])
+@pytest.mark.parametrize("command", ["in Out", "in/{} Out"])
 def test_a_picture_that_would_become_the_grid_is_told_to_rename_or_leave_the_grid(
         command, name, sample_py, refused):
     put(COLOUR, f"in/{name}")
@@ -3709,6 +3774,19 @@ def test_one_picture_named_twice_is_one(sample_py, capsys):
 
 
 # --- Checkpoints that are none -------------------------------------------------------------------
+
+def test_a_checkpoint_that_is_not_there_is_named(sample_py, refused):
+    put(COLOUR, "in/a.png")
+
+    refused(sample_py, "in out --ckpt none.pt", "none.pt: No such file")
+
+
+def test_an_empty_checkpoint_is_named(sample_py, refused):
+    put(COLOUR, "in/a.png")
+    Path("empty.pt").touch()
+
+    refused(sample_py, "in out --ckpt empty.pt", "empty.pt: damaged, or made by other code")
+
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["head.weight", "down1.1.running_var"])
