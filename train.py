@@ -360,9 +360,8 @@ def report(generators, photos, out=None):
         rows.append((name, generator, 0.0))
         rows.append((f"{name}, aged photographs", generator, 1.0))
 
-    lines = describe(generators, photos)
-
     # Every row is compared with no colour, image by image.
+    lines = describe(generators, photos)
     column = max(len(name) for name, _, _ in rows) + 2
     title = f"{len(photos.test)} test images at {photos.size} x {photos.size}"
     lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  mix error  worse than no colour")
@@ -388,8 +387,12 @@ def report(generators, photos, out=None):
 
 
 def describe(generators, photos):
-    """Lines on generators, as report gets them: what is new in the options of each run before."""
-    lines, runs, options = [], [], {}
+    """Lines on generators, as report gets them: how they were made, and whether of photos.
+
+    Of each run that led to one, the options that differ from those of the line before.
+    """
+    lines, runs = [], []
+    options = {}
     for name, (_, info) in generators.items():
         for run in info["history"]:
             if run not in runs:
@@ -480,7 +483,7 @@ class Run:
         self.save_results(photos)
 
     def save_results(self, photos):
-        """Write g.pt and log.csv. A log that cannot be written, as it is open, stops no run."""
+        """Write g.pt and log.csv; a log that cannot be written, since it is open, stops no run."""
         self.save_generator("g.pt", photos)
         columns = dict.fromkeys(name for row in self.log for name in row)
         try:
