@@ -2284,6 +2284,23 @@ def test_a_broken_picture_is_named_and_makes_the_status_1(sample_py, capsys):
     assert list(tree("out")) == ["out/a.png"]
 
 
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("no memory on the device\nand much more"), "no memory on the device"),
+    (MemoryError(), "MemoryError"),
+])
+def test_an_error_is_told_in_its_first_line_or_by_its_name(
+        error, said, sample_py, capsys, monkeypatch):
+    put(COLOUR, "in/a.png")
+
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(sample, "colorize", fail)
+
+    assert sample_py("in out") == 1
+
+    assert capsys.readouterr().err == f"in/a.png: not colorized: {said}\n"
+
+
 def test_the_last_line_has_the_mean_of_the_figures(sample_py, capsys):
     # The darker they are, the less is lost: three figures whose mean is not their median.
     for i in range(3):
@@ -3156,14 +3173,18 @@ TEXT = "© José Müller, Bärbels Rosen".encode() + b"\0"
 MAKER_NOTE = bytes(range(256))
 
 
-# Types of TIFF, and what struct calls them.
-INTEGERS = {8: (1, "B"), 16: (3, "H"), 32: (4, "I")}
+INTEGERS = {  # the types of TIFF, and what struct calls them
+    "short": (3, "H"),
+    "long": (4, "I"),
+    "signed": (8, "h"),
+}
 
 
-def exif(order="<", orientation=1, bits=16, odd=b"", more=b""):
+def exif(order="<", orientation=1, integer="short", odd=b"", more=b""):
     """EXIF by hand (TIFF 6.0, section 2), as a camera may have it: more than Pillow can write.
 
-    order: of the bytes, "<" or ">". odd: another entry, of 12 bytes. more: bytes at its end.
+    order: of the bytes, "<" or ">". integer: the orientation's type, of INTEGERS. odd: another
+    entry, of 12 bytes. more: bytes at the end.
     """
     name = {"<": b"II", ">": b"MM"}[order]
     count = 3 + bool(odd)
@@ -3171,7 +3192,7 @@ def exif(order="<", orientation=1, bits=16, odd=b"", more=b""):
     text_at = 8 + 2 + 12 * count + 4
     note_at = text_at + len(TEXT)
     # What a short number leaves of its four bytes may be anything.
-    type_of_tag, letter = INTEGERS[bits]
+    type_of_tag, letter = INTEGERS[integer]
     number = struct.pack(f"{order}{letter}", orientation).ljust(4, b"\xab")
     value = struct.pack(f"{order}HHI", 0x0112, type_of_tag, 1) + number
     description = struct.pack(f"{order}HHII", 0x010E, 2, len(TEXT), text_at)
@@ -3186,13 +3207,14 @@ EXIF_SUFFIXES = (".jpg", ".png", ".webp")
 
 
 def exif_files():
-    """Of every file of with_exif the order of its bytes, the bits of its orientation, and that."""
+    """Of every file of with_exif the order of its bytes, the type of its orientation, and that."""
     files = {}
     for suffix in EXIF_SUFFIXES:
         for name, order in (("II", "<"), ("MM", ">")):
-            for bits in (16, 32):
+            for integer in ("short", "long"):
                 for orientation in range(1, 9):
-                    files[f"{name}-{bits}-{orientation}{suffix}"] = (order, bits, orientation)
+                    path = f"{name}-{integer}-{orientation}{suffix}"
+                    files[path] = (order, integer, orientation)
     return files
 
 
@@ -3205,8 +3227,8 @@ def with_exif(ckpt, tmp_path_factory):
     """A folder with the pictures of EXIF_FILES in its in/, and their results in its out/."""
     folder = tmp_path_factory.mktemp("exif")
     (folder / "in").mkdir()
-    for name, (order, bits, orientation) in EXIF_FILES.items():
-        made = exif(order, orientation, bits)
+    for name, (order, integer, orientation) in EXIF_FILES.items():
+        made = exif(order, orientation, integer)
         COLOUR.save(folder / "in" / name, exif=EXIF_HEADER + made)
     sample.main([f"{folder}/in", f"{folder}/out", "--ckpt", ckpt, "--grid", "0"])
     return folder
@@ -3224,8 +3246,8 @@ def turned_by_hand(folder, name):
 
 @every_exif
 def test_exif_is_kept_byte_for_byte_but_for_its_orientation(name, with_exif):
-    order, bits, _ = EXIF_FILES[name]
-    expected = exif(order, 1, bits)
+    order, integer, _ = EXIF_FILES[name]
+    expected = exif(order, 1, integer)
 
     blob = Path(with_exif, "out", name).read_bytes()
 
@@ -3261,7 +3283,7 @@ def test_a_result_lies_as_its_picture_is_seen(name, with_exif):
 
 
 def test_text_in_exif_stays_readable_for_others(with_exif):
-    result = Image.open(with_exif / "out/MM-16-6.jpg")
+    result = Image.open(with_exif / "out/MM-short-6.jpg")
 
     # Pillow has it as Latin-1.
     description = result.getexif()[0x010E].encode("latin-1")
@@ -3269,8 +3291,9 @@ def test_text_in_exif_stays_readable_for_others(with_exif):
 
 
 def test_an_orientation_of_another_type_turns_nothing_and_stays(sample_py):
-    # A byte, which EXIF does not allow: turned and kept, it would turn the picture twice.
-    made = exif(orientation=6, bits=8)
+    # A signed number, which EXIF does not allow, but Pillow takes: turned by it and kept, it would
+    # turn the picture twice.
+    made = exif(orientation=6, integer="signed")
     COLOUR.save("a.png", exif=EXIF_HEADER + made)
 
     assert sample_py("a.png out --grid 0") == 0
