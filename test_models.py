@@ -8,12 +8,14 @@ import io
 import math
 import random
 import resource
+import runpy
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter, OrderedDict
 from contextlib import redirect_stdout
 from functools import partial
@@ -2222,7 +2224,6 @@ def test_an_out_folder_that_cannot_be_made_fails_before_any_picture(sample_py, r
 
 
 def test_the_default_checkpoint_stands_beside_the_script_also_behind_a_link():
-    import runpy  # nothing else here runs a script from its path
     Path("colorize").symlink_to(HERE / "sample.py")
 
     script = runpy.run_path("colorize")
@@ -2691,7 +2692,6 @@ def png(levels, depth, transparent):
 
     levels: (H, W) for grey or (H, W, 3) for RGB, of depth bits; transparent: one level, or three.
     """
-    import zlib  # nothing else here packs by itself
     height, width = levels.shape[:2]
     colour_type = 2 if levels.ndim == 3 else 0
     header = struct.pack(">2I5B", width, height, depth, colour_type, 0, 0, 0)
