@@ -123,7 +123,7 @@ def has_colour(rgb):
     """Whether pictures are more than black and white. Returns (N,) bool.
 
     rgb: (N, 3, H, W) float in [0, 1]. A toned print (sepia) has colours, too, but one for each
-    lightness. So what counts is how far ab is, at each lightness, from its mean there: 4 or more
+    lightness. So what counts is how far ab is, at each lightness, from its mean there: more than 4
     (root mean square) is a colour photograph. Of 1,638 flowers 11 count as toned; of 500 toned
     pictures (JPEG) one as coloured.
     """
@@ -189,7 +189,7 @@ class Photos:
             rgb = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         lab = rgb_to_lab(rgb.clamp_max(1))
         if aged:
-            # Of rgb as it is: paper is whiter than 1, and fades to white.
+            # From rgb as it was before clamping: paper is whiter than 1, and fades to white.
             grey = rgb_to_lab(random_grey(rgb).expand_as(rgb))
             chosen = torch.rand(len(rgb), 1, 1, device=self.device) < aged
             lab[:, 0] = torch.where(chosen, grey[:, 0], lab[:, 0])
@@ -438,6 +438,7 @@ def take_orientation(exif):
     prefix. Returns the orientation, None where there is none, and the bytes with the prefix. Raises
     struct.error for bytes that are no EXIF.
     """
+    # Some writers put the prefix twice.
     exif = bytearray(exif.removeprefix(EXIF_PREFIX).removeprefix(EXIF_PREFIX))
     if exif[:4] not in (b"II*\0", b"MM\0*"):
         raise struct.error("no TIFF header")

@@ -198,7 +198,7 @@ def plan(args):
 
     Returns a list of Jobs, what find_images passed over, and an OSError for each folder that cannot
     be read. Raises UsageError for what is not there or no picture, and where a result would replace
-    an input, another result, or without leave any file.
+    an input, another result or, unasked, any file.
     """
     out = args.out
     if out.is_file() or is_picture(out):
@@ -218,10 +218,10 @@ def plan(args):
             if path.suffix.lower() not in SAVE:
                 path = out / f"{name}.png"
             # Two results of one name would be one file.
-            owner, owner_entry = owners.setdefault(folded(path), (source, entry))
+            owner, origin = owners.setdefault(folded(path), (source, entry))
             if owner != source:
-                within_one = owner_entry in (entry, None)
-                remedy = "rename one" if within_one else "name their parent folder"
+                # The grid came from no input.
+                remedy = "rename one" if origin in (entry, None) else "name their parent folder"
                 raise UsageError(f"input {source} and {owner} would both become {path}; {remedy}")
             outputs[source] = path
 
@@ -249,7 +249,7 @@ def pictures_of(entry, out, unreadable):
 
 
 def refuse_loss(outputs, args):
-    """UsageError where a result, or the grid, would replace an input, or without leave any file."""
+    """UsageError where a result, or the grid, would replace an input or, unasked, any file."""
     results = list(outputs.values())
     if args.grid:
         results.append(args.out / "grid.png")
@@ -267,7 +267,7 @@ def refuse_loss(outputs, args):
 
 
 def folded(path):
-    """A name as disks compare it that tell neither case nor Unicode's forms apart."""
+    """A name as it is compared by disks that ignore case and Unicode's forms."""
     return unicodedata.normalize("NFC", str(path)).casefold()
 
 
@@ -373,7 +373,7 @@ def parse_args(argv=None):
         help="g.pt of train.py")
     add(
         "--strength", type=number(float, 0, 10), default=1.0,
-        help="of the colour: 0 for none")
+        help="factor of the colour: 0 for none")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--skip-existing", action="store_true",

@@ -30,7 +30,7 @@ from data import (
     rgb_to_lab, run_command, say)
 from models import PatchCritic, UNet, load_generator, loading, pick_device, to_device
 
-# A save writes 642 MB at width 64, so that short epochs should not each end in one.
+# A save writes 642 MB at width 64: short epochs do not each end in one.
 SAVE_SECONDS = 30
 
 
@@ -106,7 +106,7 @@ def adversarial_step(run, L, ab):
         # One backward for both: the penalty alone would leave the last bias without a gradient.
         update(run.critic, run.optimizer_c, loss_c + args.lambda_gp * penalty, run.scaler)
 
-    # The generator learns to please it. The critic, held fixed, spares gradients nobody reads. The
+    # The generator learns to please it. The critic is held fixed, without gradients of its own. The
     # first step goes on with the colours from above: the generator has not changed since.
     run.critic.requires_grad_(False)
     for i in range(args.generator_steps):
@@ -194,7 +194,7 @@ def train(run, photos, rank):
     steps = len(photos.train) // args.batch_size
     saved = -math.inf
     for epoch in range(run.epoch, total):
-        # What L1 has reached is kept, to show what the critic adds. (Not if it is random.)
+        # What L1 has reached is kept, to show what the critic adds; a network never trained is not.
         if rank == 0 and epoch == args.pretrain_epochs:
             if epoch > 0 or run.history:
                 run.save_generator("pretrained.pt", photos)
@@ -362,8 +362,8 @@ def report(generators, photos, out=None):
 
     # Every row is compared with no colour, image by image.
     lines = describe(generators, photos)
-    column = max(len(name) for name, _, _ in rows) + 2
     title = f"{len(photos.test)} test images at {photos.size} x {photos.size}"
+    column = max(len(title), *(len(name) for name, _, _ in rows)) + 2
     lines.append(f"{title:{column}} PSNR dB   SSIM  colourfulness  mix error  worse than no colour")
     grey = measure(no_colour, photos, photos.test)["psnr"]
     for name, predict, aged in rows:
@@ -382,7 +382,7 @@ def report(generators, photos, out=None):
     if out:
         with replacing(out / "test.txt") as part:
             part.write_text("\n".join(lines) + "\n", errors="backslashreplace")
-        networks = [generator for generator, _ in generators.values()]
+        networks, _ = zip(*generators.values())
         draw(networks, photos, photos.test[:8], out / "test.png")
 
 
@@ -614,7 +614,7 @@ def parse_args(argv=None):
         help="decay, a batch, of the moving average of the weights; 0: none")
     add(
         "--seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="of all that is random but the split, which is fixed")
+        help="seed of all that is random but the split, which is fixed")
     add(
         "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="16-bit arithmetic; auto: what the CUDA device has, elsewhere off")
