@@ -72,7 +72,7 @@ def rgb_to_lab(rgb):
     """
     # The transfer curve of sRGB, undone.
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    # X, Y and Z as shares of the white point's.
+    # X, Y and Z as shares of the white point's: each row of the matrix is divided by its own.
     xyz = _multiply(XYZ_FROM_RGB / WHITE[:, None], linear)
     f = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116)
     fx, fy, fz = f.unbind(1)
@@ -258,6 +258,7 @@ def random_crops(rgb, size, paper=0.0):
     def uniform(low, high):
         return torch.empty(len(rgb), device=rgb.device).uniform_(low, high)
 
+    # The shortest and the longest side, as shares of the image's.
     on_paper = uniform(0, 1) < paper
     low = torch.where(on_paper, 1, 2 / 3)
     high = torch.where(on_paper, 1.35, 1)
@@ -279,7 +280,8 @@ def random_crops(rgb, size, paper=0.0):
     to_y = torch.stack([zero, height, y], 1)
     maps = torch.stack([to_x, to_y], 1)
     grid = F.affine_grid(maps, (len(rgb), 3, size, size), align_corners=False)
-    # Outside the image grid_sample sees 0: let 0 be the paper's grey while it samples.
+    # Outside the image grid_sample sees 0. So the paper's grey is subtracted before, to be that 0,
+    # and added again after.
     margin = (on_paper * uniform(0, 1.5))[:, None, None, None]
     return F.grid_sample(rgb - margin, grid, align_corners=False) + margin
 
@@ -356,8 +358,9 @@ def read_picture(path):
         if alpha.getextrema() in [(0, 0), (255, 255)]:
             alpha = None
 
+    # To RGB or grey, but CMYK only by its profile, if it has one; then to sRGB.
     mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-    if image.mode not in (mode, "CMYK"):  # the profile of CMYK is of CMYK
+    if image.mode not in (mode, "CMYK"):
         image = image.convert(mode)
     image = to_srgb(image, profile)
     if image.mode != mode:  # CMYK without a profile, or RGB that a profile made of grey
@@ -387,7 +390,7 @@ def refuse_misread(image):
     deep = max(bits) > 8
     planar = tags.get(PLANAR_CONFIGURATION) == 2
     colour_map = tags.get(COLORMAP, (65535,))
-    # Pillow scales the levels of a PNG, but not the one that is to be transparent.
+    # Pillow scales the levels of a PNG to 8 bits, but not the one that is to be transparent.
     raw_mode = None
     if image.format == "PNG" and image.mode != "P" and "transparency" in image.info:
         *_, raw_mode = image.tile[0]

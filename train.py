@@ -158,8 +158,8 @@ def average(tensors):
 def update_ema(ema, generator, updates, decay):
     """Move ema, batch-norm statistics included, towards generator, in place.
 
-    updates: how many came before. The decay warms up (TensorFlow's way), so that a short run
-    forgets its first weights, too.
+    updates: how many came before. The decay warms up from 0.1 (TensorFlow's way), so that a short
+    run forgets its first weights, too.
     """
     decay = min(decay, (1 + updates) / (10 + updates))
     averages = floating_point(ema.state_dict())
@@ -666,7 +666,7 @@ def start(args):
     args.amp = resolve_amp(args.amp, device)
     torch.backends.cudnn.benchmark = True
 
-    # Networks: where last.pt exists, --resume was given, or parse_args would have refused.
+    # Networks: parse_args lets a last.pt be there with --resume alone.
     run = Run(args, device)
     last = args.out / "last.pt"
     if last.exists():
