@@ -59,7 +59,7 @@ def colorize(generator, image, size, strength=1.0):
     ab = generator(L.to(generator.head.weight.device))[0].cpu() * AB_RANGE * strength
     planes = [Image.fromarray(plane[inside].numpy()) for plane in ab]
 
-    # In strips of whole rows: memory does not grow with the picture. To a strip of the large picture
+    # In strips of whole rows: memory does not grow with the picture. To a strip of the large image
     # belongs a box of the small planes, scale times as high. It may end within a row, and Pillow
     # looks beyond its edges, so the strips have no seams.
     width, height = image.size
