@@ -3443,6 +3443,22 @@ def test_a_tiff_without_a_resolution_gets_none(sample_py):
 
 # --- Files ---------------------------------------------------------------------------------------
 
+def test_work_that_has_not_begun_is_cancelled_when_the_loop_over_it_is_left():
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        with data.in_threads(work, range(100), threads=1) as results:
+            next(results)
+            raise KeyboardInterrupt
+
+    # One is done and one may be under way; a slow machine may have begun a few more.
+    assert len(begun) < 20
+
+
 @pytest.fixture
 def bmp():
     """Call to write photos/new.bmp; not compressed, so that all have one size."""
