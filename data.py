@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms
-from PIL.Image import Transpose
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE, COLORMAP, EXTRASAMPLES, PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC,
     PLANAR_CONFIGURATION, SAMPLEFORMAT)
@@ -40,15 +39,6 @@ DEFAULT_DATA = "data"  # where Flowers102 is downloaded to
 
 # The formats in which people have photographs; JPEG's reader opens MPO, too.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
-UPRIGHT = {  # how to turn a picture of this orientation (EXIF 2.3, 4.6.4 A)
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
 BICUBIC = Image.Resampling.BICUBIC
 EXIF_PREFIX = b"Exif\0\0"
 
@@ -337,7 +327,7 @@ def read_picture(path):
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         refuse_misread(image)
         image.load()
-        image, exif = upright(image)
+        exif = upright(image)
 
     # More EXIF than a segment of JPEG holds cannot be written.
     metadata = {}
@@ -416,29 +406,27 @@ def refuse_misread(image):
 
 
 def upright(image):
-    """Turn a picture as its EXIF, or else its XMP, asks. Returns it and the EXIF, b"" for none.
+    """Turn a picture, in place, as its EXIF, or else its XMP, asks. Returns the EXIF, b"" for none.
 
     EXIF that cannot be read is left out. A TIFF comes turned from Pillow, and without EXIF.
     """
+    # Taken out of the picture, since Pillow would write it anew.
     exif = image.info.pop("exif", b"")
-    orientation = None
     try:
         if exif:
             orientation, exif = take_orientation(exif)
-        if orientation is None:
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            image.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(image, in_place=True)
     except (struct.error, SyntaxError, ValueError):
         exif = b""
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
-    return image, exif
+    return exif
 
 
 def take_orientation(exif):
     """Read the orientation of EXIF, and set it to 1 there; every other byte stays as it came.
 
     exif: bytes of a TIFF header and its directories (TIFF 6.0, section 2), with or without JPEG's
-    prefix. Returns the orientation, None where there is none, and the bytes with the prefix. Raises
+    prefix. Returns the orientation, 1 where there is none, and the bytes with the prefix. Raises
     struct.error for bytes that are no EXIF.
     """
     # Some writers put the prefix twice.
@@ -448,7 +436,7 @@ def take_orientation(exif):
     order = "<" if exif.startswith(b"II") else ">"  # of bytes, Intel's or Motorola's
     (directory,) = struct.unpack_from(f"{order}I", exif, 4)
 
-    orientation = None
+    orientation = 1
     (count,) = struct.unpack_from(f"{order}H", exif, directory)
     for i in range(count):
         entry = directory + 2 + 12 * i

@@ -3290,16 +3290,17 @@ def test_text_in_exif_stays_readable_for_others(with_exif):
     assert description.decode() == "© José Müller, Bärbels Rosen"
 
 
-def test_an_orientation_of_another_type_turns_nothing_and_stays(sample_py):
+@pytest.mark.parametrize("suffix", EXIF_SUFFIXES)
+def test_an_orientation_of_another_type_turns_nothing_and_stays(suffix, sample_py):
     # A signed number, which EXIF does not allow, but Pillow takes: turned by it and kept, it would
     # turn the picture twice.
     made = exif(orientation=6, integer="signed")
-    COLOUR.save("a.png", exif=EXIF_HEADER + made)
+    COLOUR.save(f"a{suffix}", exif=EXIF_HEADER + made)
 
-    assert sample_py("a.png out --grid 0") == 0
+    assert sample_py(f"a{suffix} out --grid 0") == 0
 
-    assert Image.open("out/a.png").size == COLOUR.size
-    assert made in Path("out/a.png").read_bytes()
+    assert Image.open(f"out/a{suffix}").size == COLOUR.size
+    assert made in Path(f"out/a{suffix}").read_bytes()
 
 
 # Pillow reads a width that is a fraction, and cannot write it.
