@@ -145,20 +145,22 @@ class Job(NamedTuple):
 class Outcome(NamedTuple):
     """What became of it."""
     job: Job
-    error: str | None = None  # why it was not colorized
+    error: str | None = None  # which file, and why it was not colorized
     psnr: float | None = None  # in dB, of a picture in colour that hides nothing
     cells: tuple = ()  # its column in the grid: grey, colorized and, where it had colour, real
 
 
 def colorize_file(generator, size, strength, job):
     """Read, colorize and write one picture. Returns its Outcome."""
+    path = job.source
     try:
         if job.done and not job.shown:
             return Outcome(job)
         # A result that is kept is read again, so that the grid shows it, too.
-        image, alpha, metadata = read_picture(job.source)
+        image, alpha, metadata = read_picture(path)
         if job.done:
-            result = read_picture(job.path).image
+            path = job.path
+            result = read_picture(path).image
         else:
             result = colorize(generator, image, size, strength)
 
@@ -184,11 +186,11 @@ def colorize_file(generator, size, strength, job):
             result.save(file, **options)
         return Outcome(job, None, quality, cells)
     except UnidentifiedImageError:
-        return Outcome(job, NO_PICTURE)
+        return Outcome(job, f"{path}: not colorized: {NO_PICTURE}")
     except Exception as error:
         # A broken file can raise anything; so can a full disk, or too little memory.
         said = str(error) or type(error).__name__
-        return Outcome(job, said.splitlines()[0])
+        return Outcome(job, f"{path}: not colorized: {said.splitlines()[0]}")
 
 
 # --- Many of them --------------------------------------------------------------------------------
@@ -296,7 +298,7 @@ def colorize_all(args):
             outcomes.append(outcome)
             job = outcome.job
             if outcome.error:
-                say(f"{job.source}: not colorized: {outcome.error}", sys.stderr)
+                say(outcome.error, sys.stderr)
             elif outcome.psnr is not None:
                 say(f"{job.path}: {outcome.psnr:.2f} dB")
             elif not job.done:

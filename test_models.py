@@ -2632,6 +2632,16 @@ def test_pictures_done_before_are_counted_by_their_results(sample_py, capsys):
     assert said.endswith("out/grid.png shows 2 of 2\n")
 
 
+def test_a_result_that_is_kept_and_broken_is_named_itself(sample_py, capsys):
+    put(GREY, "in/a.png")
+    Path("out").mkdir()
+    Path("out/a.png").touch()
+
+    assert sample_py("in out --skip-existing") == 1
+
+    assert capsys.readouterr().err.startswith("out/a.png: not colorized: ")
+
+
 def test_a_part_file_of_a_killed_process_is_neither_picture_nor_result(sample_py, capsys):
     put(COLOUR, "in/a.png")
     part = Path("in/a.png").read_bytes()
