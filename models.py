@@ -147,8 +147,9 @@ def load_generator(path, device):
     """Rebuild the generator that train.py wrote to g.pt.
 
     Returns the UNet, float32 in eval mode on device, and a dict of what else is known: size (of the
-    network's pictures), history (a dict of options and epoch for each run that led to it, its own
-    the last) and test_means (of Photos). Raises UsageError for a file that is no such checkpoint.
+    network's pictures), test_means (of Photos) and history, a dict of options and epoch for each
+    run that led to it, its own the last; the others' hold test_means, too. Raises UsageError for a
+    file that is no such checkpoint.
     """
     with loading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from it

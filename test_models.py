@@ -1321,7 +1321,7 @@ def evaluation(tmp_path_factory):
         colours = {"no colour": torch.zeros_like(ab), "real": ab}
         # b.pt knows as many test images, but others: their levels are equal in the mean alone.
         levels = photos.images[photos.test].double().mean((1, 2, 3))
-        first_run = {"width": 4, "epoch": 3}
+        first_run = {"width": 4, "epoch": 5}
         for name, shift, epoch in (("a.pt", 0, 5), ("b.pt", [5, -5] * 3, 7)):
             generator = models.UNet(4)
             nn.init.normal_(generator.head.weight, 0, 3)
@@ -1419,16 +1419,17 @@ def test_eval_counts_the_images_that_no_colour_would_have_been_nearer_to(name, e
 def test_eval_says_once_what_is_new_in_each_run_that_led_to_a_generator(evaluation):
     lines = evaluation.said.splitlines()
 
-    # The first run is of both, and the second ones differ in their epochs alone.
+    # The first run is of both, and the second ones differ in their epochs alone; an epoch is said
+    # even where that of the line before is the same.
     said = [line for line in lines if line.startswith(("a.pt: ", "b.pt: "))]
-    assert said == ["a.pt: width 4, epoch 3", "a.pt: seed 1, epoch 5", "b.pt: epoch 7"]
+    assert said == ["a.pt: width 4, epoch 5", "a.pt: seed 1, epoch 5", "b.pt: epoch 7"]
 
 
 def test_eval_warns_of_a_generator_of_other_photographs(evaluation):
     warnings = [line for line in evaluation.said.splitlines() if line.startswith("warning: ")]
 
     (warning,) = warnings
-    assert warning.startswith("warning: b.pt was made with other images")
+    assert warning.startswith("warning: b.pt, or what it began from, was made with other images")
 
 
 def test_eval_keeps_in_out_what_it_said(evaluation):
@@ -1593,7 +1594,7 @@ def test_eval_warns_of_another_number_of_test_images(learned, capsys):
 
     assert train_py(f"--eval {path} --data others --device cpu") == 0
 
-    assert f"warning: {path} was made with other images" in capsys.readouterr().out
+    assert f"warning: {path}, or what it began from, was made with" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -1728,6 +1729,31 @@ def test_init_keeps_the_options_of_the_run_it_began_from_also_when_resumed(first
     history = torch.load("second/g.pt")["history"]
     assert [options["size"] for options in history] == [32, 48]
     assert [options["epoch"] for options in history] == [1, 2]
+
+
+def test_eval_warns_of_what_a_generator_began_from_also_when_resumed(first_run, capsys):
+    make_photos("others", 44, toned)
+    command = f"{PRE} --data others --out second"
+    assert train_py(f"{command} --init runs/g.pt") == 0
+    assert train_py(f"{command} --resume --epochs 1") == 0
+    capsys.readouterr()
+
+    # Its own test part is that of the others.
+    assert train_py("--eval second/g.pt --data others --device cpu") == 0
+
+    assert "warning: second/g.pt, or what it began from, was made" in capsys.readouterr().out
+
+
+def test_eval_knows_a_run_again_that_another_began_from(first_run, capsys):
+    assert train_py(f"{PRE} --seed 1 --init runs/g.pt --out second") == 0
+    capsys.readouterr()
+
+    assert train_py("--eval runs/g.pt second/g.pt --data photos --device cpu") == 0
+
+    said = capsys.readouterr().out
+    assert "second/g.pt: seed 1, epoch 1\n" in said
+    assert said.count("g.pt: ") == 2
+    assert "warning" not in said
 
 
 def test_eval_refuses_generators_of_two_sizes(refused):

@@ -387,22 +387,27 @@ def report(generators, photos, out=None):
 
 
 def describe(generators, photos):
-    """Lines on generators, as report gets them: how they were made, and whether of photos.
+    """Lines on generators, as report gets them: how each was made, and a warning of other photos.
 
-    Of each run that led to one, the options that differ from those of the line before.
+    Of each run that led to one, its last epoch and the options that differ from the line before.
     """
     lines, runs = [], []
     options = {}
     for name, (_, info) in generators.items():
+        known = True
         for run in info["history"]:
+            # Those of the last run stand beside the history.
+            means = run.pop("test_means", info["test_means"])
+            known &= same_test_part(means, photos.test_means)
             if run not in runs:
-                new = [f"{key} {value}" for key, value in run.items() if options.get(key) != value]
+                new = [f"{key} {value}" for key, value in run.items()
+                       if key == "epoch" or options.get(key) != value]
                 lines.append(f"{name}: " + ", ".join(new))
                 runs.append(run)
                 options = run
-        if not same_test_part(info["test_means"], photos.test_means):
-            lines.append(f"warning: {name} was made with other images: those it was trained on may "
-                         "be among the ones tested here")
+        if not known:
+            lines.append(f"warning: {name}, or what it began from, was made with other images: "
+                         "those it was trained on may be among the ones tested here")
     return lines
 
 
@@ -462,6 +467,7 @@ class Run:
         self.generator.load_state_dict(generator.state_dict())
         self.ema.load_state_dict(generator.state_dict())
         self.history = info["history"]
+        self.history[-1]["test_means"] = info["test_means"]
 
     def check_finite(self, means, epoch):
         """Raise FloatingPointError for terms or weights that g.pt cannot hold."""
