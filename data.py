@@ -216,21 +216,14 @@ def split(rows, digests):
     on: the stream of RandomState is frozen by NumPy's policy. digests: of each row, equal for
     identical images, which all go where the first of them went.
     """
-    train_end = round(0.70 * len(rows))
-    val_end = round(0.85 * len(rows))
-    train, val, test = [], [], []
+    order = np.random.RandomState(0).permutation(rows)
+    ends = [round(0.70 * len(rows)), round(0.85 * len(rows))]
+    parts = [], [], []
     part_of = {}
-    order = np.random.RandomState(0).permutation(len(rows))
-    for rank, i in enumerate(order):
-        if rank < train_end:
-            part = train
-        elif rank < val_end:
-            part = val
-        else:
-            part = test
-        part = part_of.setdefault(digests[rows[i]], part)
-        part.append(rows[i])
-    return train, val, test
+    for part, drawn in zip(parts, np.split(order, ends)):
+        for row in drawn.tolist():
+            part_of.setdefault(digests[row], part).append(row)
+    return parts
 
 
 def random_crops(rgb, size, paper=0.0):
@@ -266,9 +259,10 @@ def random_crops(rgb, size, paper=0.0):
 
     # Each map is two rows: where to read x, and where to read y.
     zero = torch.zeros_like(x)
-    to_x = torch.stack([width * mirror, zero, x], 1)
-    to_y = torch.stack([zero, height, y], 1)
-    maps = torch.stack([to_x, to_y], 1)
+    maps = torch.stack([
+        width * mirror, zero, x,
+        zero, height, y,
+    ], 1).view(-1, 2, 3)
     grid = F.affine_grid(maps, (len(rgb), 3, size, size), align_corners=False)
     # Outside the image grid_sample sees 0. So the paper's grey is subtracted before, to be that 0,
     # and added again after.
@@ -348,13 +342,12 @@ def read_picture(path):
         if alpha.getextrema() in [(0, 0), (255, 255)]:
             alpha = None
 
-    # To RGB or grey, but CMYK only by its profile, if it has one; then to sRGB.
+    # To RGB or grey, but CMYK only by its profile, if it has one; then to sRGB; and again, since
+    # CMYK may have none, and a profile of grey makes RGB.
     mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
     if image.mode not in (mode, "CMYK"):
         image = image.convert(mode)
-    image = to_srgb(image, profile)
-    if image.mode != mode:  # CMYK without a profile, or RGB that a profile made of grey
-        image = image.convert(mode)
+    image = to_srgb(image, profile).convert(mode)
     if alpha:
         hidden = alpha.point([255] + 255 * [0])
         image.paste("white", mask=hidden)

@@ -173,8 +173,7 @@ def pick_device(name):
     """torch.device for --device; auto: the accelerator, or else the CPU. Raises UsageError."""
     # Trying is the only way to know that a device can be used.
     if name == "auto":
-        found = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.zeros(1, device=name).device
     except Exception:  # torch has many ways to say so

@@ -285,11 +285,9 @@ def colourfulness(images):
     """
     # Red against green, and yellow against blue.
     r, g, b = images.float().flatten(2).unbind(1)
-    rg = r - g
-    yb = (r + g) / 2 - b
-    deviation = torch.hypot(rg.std(1), yb.std(1))
-    mean = torch.hypot(rg.mean(1), yb.mean(1))
-    return deviation + 0.3 * mean
+    opponents = torch.stack([r - g, (r + g) / 2 - b])
+    deviation, mean = torch.std_mean(opponents, 2)
+    return torch.hypot(*deviation) + 0.3 * torch.hypot(*mean)
 
 
 def ab_histogram(images):
@@ -297,10 +295,8 @@ def ab_histogram(images):
     # -110 to 110 become 0 to 22, the row and the column of a pixel's cell.
     ab = rgb_to_lab(images / 255)[:, 1:]
     a, b = (ab / 10 + 11).round().long().flatten(2).unbind(1)
-    # Each pixel adds its share to its cell.
-    share = torch.full(a.shape, 1 / a.shape[1], device=images.device)
-    histogram = torch.zeros(len(a), 23 * 23, device=images.device)
-    return histogram.scatter_add(1, 23 * a + b, share)
+    counts = [torch.bincount(cells, minlength=23 * 23) for cells in 23 * a + b]
+    return torch.stack(counts) / a.shape[1]
 
 
 def chunks(photos, rows):
@@ -517,12 +513,12 @@ class Run:
             self.log = checkpoint["log"]
             self.history = checkpoint["history"]
             self.contents = checkpoint["contents"]
-        # Another option would not be the same run.
-        for name, value in self.options().items():
-            if saved.get(name, value) != value:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {path.parent} "
-                                 f"has {saved[name]}; resume with that, or start another --out")
-        with loading(path):
+            # Another option would not be the same run.
+            for name, value in self.options().items():
+                if saved.get(name, value) != value:
+                    flag = f"--{name.replace('_', '-')} {value}"
+                    raise UsageError(f"{flag}: the run in {path.parent} has {saved[name]}; resume "
+                                     "with that, or start another --out")
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(checkpoint[name])
 
@@ -700,7 +696,7 @@ def start(args):
             run.save_results(photos)
         say(", ".join(f"{name} {value}" for name, value in vars(args).items()))
         say(f"{len(photos.train)} training, {len(photos.val)} validation and {len(photos.test)} "
-            f"test images, on {photos.device}; from epoch {run.epoch + 1}")
+            f"test images, on {photos.device}; epochs done: {run.epoch}")
 
     train(run, photos, rank)
     if dist.is_initialized():
