@@ -668,7 +668,7 @@ def start(args):
     args.amp = resolve_amp(args.amp, device)
     torch.backends.cudnn.benchmark = True
 
-    # Networks: parse_args lets a last.pt be there with --resume alone.
+    # Networks: parse_args lets a last.pt through only with --resume.
     run = Run(args, device)
     last = args.out / "last.pt"
     if last.exists():
