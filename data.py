@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import io
 import os
+import signal
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -496,6 +497,10 @@ def in_threads(function, items, threads, **options):
     pool = ThreadPoolExecutor(threads, **options)
     try:
         yield pool.map(function, items)
+    except KeyboardInterrupt:
+        # Python crashes where it ends while they work, so a second Ctrl-C waits for them, too.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

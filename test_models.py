@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter, OrderedDict
@@ -3494,6 +3495,26 @@ def test_work_that_has_not_begun_is_cancelled_when_the_loop_over_it_is_left():
 
     # One is done and one may be under way; a slow machine may have begun a few more.
     assert len(begun) < 20
+
+
+def test_a_second_ctrl_c_waits_for_what_is_under_way_as_the_first_does():
+    begun = threading.Event()
+    done = []
+
+    def work(item):
+        begun.set()
+        # The loop is left and waits.
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        done.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        with data.in_threads(work, [0], threads=1):
+            begun.wait()
+            raise KeyboardInterrupt
+
+    assert done == [0]
 
 
 @pytest.fixture
