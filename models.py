@@ -16,7 +16,7 @@ from data import UsageError
 
 def double_conv(in_channels, out_channels):
     """Two 3x3 convolutions, each with batch norm and ReLU; H and W are kept."""
-    # Convolutions without a bias, since batch norm takes it out and adds its own.
+    # Convolutions without a bias: batch norm would subtract it, and adds its own.
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -82,7 +82,7 @@ def critic_block(in_channels, out_channels, stride):
     """The layers of a 4x4 convolution, instance norm and leaky ReLU.
 
     Instance norm where PatchGAN has batch norm: the gradient penalty is a property of single
-    images, and batch norm would couple them (Gulrajani et al. 2017, section 4).
+    images, and batch norm would couple them (Gulrajani et al. 2017, section 4; layer norm there).
     """
     return [
         # A bias would be taken out by the norm.
@@ -95,7 +95,7 @@ def critic_block(in_channels, out_channels, stride):
 class PatchCritic(nn.Module):
     """The critic: L*a*b* in, a map of scores out, one for each patch (Isola et al. 2018, 6.1.2).
 
-    One block of 8 * width channels more than their 70 x 70 PatchGAN: patches of 94 x 94.
+    Their 70 x 70 PatchGAN and one more block of 8 * width channels: patches of 94 x 94.
     width: channels of the first block.
     """
 

@@ -40,7 +40,7 @@ def score(critic, L, ab):
     """One score an image, (N,): the mean of the critic's map.
 
     L: (N, 1, H, W), ab: (N, 2, H, W), both in [-1, 1]. The losses and the penalty must use the same
-    mean: a sum would have a gradient as many times larger as the map has patches.
+    mean: a sum's gradient is larger by the number of patches.
     """
     return critic(torch.cat([L, ab], 1)).float().mean((1, 2, 3))
 
@@ -64,9 +64,9 @@ def critic_loss(real_score, fake_score):
 def gradient_penalty(critic, L, real_ab, fake_ab):
     """E[(||d score / d ab|| - 1)^2] between real and colorized (Gulrajani et al. 2017, eq. 3).
 
-    L: (N, 1, H, W); real_ab, fake_ab: (N, 2, H, W). Each image is mixed of its real and its
-    colorized version in a random proportion, and the norm is over all of the image's gradient. Both
-    versions share L, so the line between them runs in ab alone, and the gradient is taken there.
+    L: (N, 1, H, W); real_ab, fake_ab: (N, 2, H, W). Real and colorized are mixed, image by image,
+    in a random proportion, and the norm is over all of an image's gradient. Both share L, so the
+    line between them runs in ab alone, and the gradient is taken there.
     """
     # Outside autocast: 16 bits lose too much of a gradient of a gradient.
     with torch.autocast(L.device.type, enabled=False):
@@ -92,7 +92,7 @@ def pretrain_step(run, L, ab):
 
 
 def adversarial_step(run, L, ab):
-    """Critic steps, then generator steps, on one batch. Returns the terms of the last of each."""
+    """Critic steps, then generator steps, on one batch. Returns the terms of the last ones."""
     args = run.args
     with run.autocast():
         fake_ab = run.generator(L)
@@ -103,11 +103,11 @@ def adversarial_step(run, L, ab):
         with run.autocast():
             loss_c = critic_loss(score(run.critic, L, ab), score(run.critic, L, fixed_ab))
         penalty = gradient_penalty(run.critic, L, ab, fixed_ab)
-        # One backward for both: the penalty alone would leave the last bias without a gradient.
+        # One backward for both: the penalty alone gives the last bias no gradient to average.
         update(run.critic, run.optimizer_c, loss_c + args.lambda_gp * penalty, run.scaler)
 
     # The generator learns to please it. The critic is held fixed, without gradients of its own. The
-    # first step goes on with the colours from above: the generator has not changed since.
+    # first step uses fake_ab from above again: the generator has not changed since.
     run.critic.requires_grad_(False)
     for i in range(args.generator_steps):
         with run.autocast():
@@ -164,6 +164,7 @@ def update_ema(ema, generator, updates, decay):
     decay = min(decay, (1 + updates) / (10 + updates))
     averages = floating_point(ema.state_dict())
     values = floating_point(generator.state_dict())
+    # Where None is, it takes a count that it does not use.
     get_ema_multi_avg_fn(decay)(averages, values, None)
 
 
@@ -174,7 +175,7 @@ def floating_point(state):
 
 def learning_rate(args, epoch):
     """Learning rate at a time counted in epochs, fractions included."""
-    # 1) adversarial phase: constant, so that a longer run is the same run, gone on
+    # 1) adversarial phase: constant, so that a longer run begins like a shorter one
     if epoch >= args.pretrain_epochs:
         return args.lr
     # 2) the first tenth of pre-training: linear warm-up
@@ -194,13 +195,13 @@ def train(run, photos, rank):
     steps = len(photos.train) // args.batch_size
     saved = -math.inf
     for epoch in range(run.epoch, total):
-        # What L1 has reached is kept, to show what the critic adds; a network never trained is not.
+        # Keep what L1 has reached, to show what the critic adds; but no untrained weights.
         if rank == 0 and epoch == args.pretrain_epochs:
             if epoch > 0 or run.history:
                 run.save_generator("pretrained.pt", photos)
 
-        # All that is random follows from (seed, epoch), so --resume needs no random state: the
-        # order, the same on all processes, and the crops, ageing and mixes, of each its own.
+        # All that is random follows from (seed, epoch), so --resume needs no random state. The
+        # order is that of all processes; their crops, ageing and mixes differ.
         rng = np.random.default_rng([args.seed, epoch])
         batches = photos.train[rng.permutation(len(photos.train))].split(args.batch_size)
         torch.manual_seed(int(rng.integers(2**32)) + rank)
@@ -225,7 +226,7 @@ def train(run, photos, rank):
             if rank == 0:
                 live(f"epoch {epoch + 1}/{total}, step {i + 1}/{steps}")
 
-        # The terms stay on the device until here, so that it need not wait for this process.
+        # The terms stay on the device until here, so that no step waits for them.
         means = {}
         for name in terms[0]:
             means[name] = torch.stack([term[name] for term in terms]).mean()
